@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +29,7 @@ from fedpress.cli.common import (
     stopping,
     warn,
     with_device,
+    without_collector,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
     from fedpress.api.begin import CheckedRun
     from fedpress.data import FederatedData
+    from fedpress.pipeline.check_beside import ChecksBeside
+    from fedpress.pipeline.recipe import Recipe
     from fedpress.workspace.folder import RunFolder
     from fedpress.workspace.state import Engine
 
@@ -80,17 +84,16 @@ def run(
     if list_keys:
         show_keys(words)
         return
-    from fedpress.cli import terminal
-
     given = cluster.Given(
         engine, workers, bytes, ray_address, cpus_per_client, gpus_per_client, actors
     )
     allow_code(code)
-    out_stream = terminal.console(quiet=as_json)
-    # Everything that can fail is checked in this block, before the run folder is created.
-    with stopping("stopped before the run began; nothing was changed"):
+    # Nearly everything that can fail is checked in this block, before the run folder is created.
+    with stopping("stopped before the run began; nothing was changed"), without_collector():
+        from fedpress.cli import terminal
+
+        out_stream = terminal.console(quiet=as_json)
         with terminal.waiting(out_stream, "starting"):
-            from fedpress.pipeline.check import check_recipe
             from fedpress.workspace.folder import RunFolder
 
             # First, because the likeliest failure is a Ray cluster that cannot be reached.
@@ -100,9 +103,8 @@ def run(
             begun = bind(context, words, data, out)
             earlier = RunFolder.open(reuse) if reuse is not None else None
         loaded = load_data(begun.recipe, out_stream)
-        with terminal.waiting(out_stream, "checking that everything fits together"):
-            check_recipe(begun.recipe, loaded)
-    report_file = _execute(begun, loaded, out_stream, reuse=earlier, engine=runner)
+        beside = _checked(begun.recipe, loaded, out_stream, alone=engine != "ray")
+    report_file = _execute(begun, loaded, out_stream, reuse=earlier, engine=runner, beside=beside)
     show_run(begun.place, report_file, out_stream, as_json=as_json)
 
 
@@ -150,6 +152,44 @@ def _parted(words: list[str]) -> tuple[str | None, list[str]]:
     return None, words
 
 
+def _checked(
+    recipe: Recipe, data: FederatedData, out_stream: Console, *, alone: bool
+) -> ChecksBeside | None:
+    """Checks the first stage, and begins to check the others in a second process.
+
+    Args:
+        recipe: the checked settings.
+        data: the loaded data.
+        out_stream: where a spinner is shown.
+        alone: whether the run works on this machine only.
+
+    Returns:
+        The checks in the second process; None if all stages have been checked here.
+
+    Raises:
+        FedpressError: if a check in this process fails.
+    """
+    from fedpress.cli import terminal
+    from fedpress.core.compiler import postpone_compiler
+    from fedpress.pipeline.check import checks
+    from fedpress.pipeline.check_beside import ChecksBeside, can_check_beside
+    from fedpress.pipeline.start import device_of
+
+    # Here, because by now all classes are imported that it is about.
+    postpone_compiler()
+    found = checks(recipe, data)
+    with terminal.waiting(out_stream, "checking that everything fits together"):
+        next(found)
+    if alone and can_check_beside(recipe, device_of(recipe)):
+        beside = ChecksBeside(found)
+        exit_stack.callback(beside.stop)
+        return beside
+    with terminal.waiting(out_stream, "checking that everything fits together"):
+        for _ in found:
+            pass
+    return None
+
+
 def _execute(
     begun: CheckedRun,
     data: FederatedData,
@@ -157,6 +197,7 @@ def _execute(
     *,
     reuse: RunFolder | None,
     engine: Engine,
+    beside: ChecksBeside | None,
 ) -> Path:
     """Runs all stages, writes the report, and returns its path.
 
@@ -166,11 +207,12 @@ def _execute(
         out_stream: where progress is shown.
         reuse: an earlier run whose equal, finished stages are copied.
         engine: runs the simulated clients.
+        beside: checks of later stages that are not finished yet. If one fails, a new run's folder
+            is removed.
     """
     from fedpress.api import progress
     from fedpress.cli import terminal
     from fedpress.pipeline import run as runs
-    from fedpress.reports.html import write_report
 
     place = begun.place
     saved = "all up to the last epoch or round is saved"
@@ -180,7 +222,16 @@ def _execute(
         warn(notes)
         out_stream.print(f"{begun.recipe.name} into {place}", markup=False, soft_wrap=True)
         events = runs.execute(begun.recipe, folder, data, reuse=reuse, engine=engine)
-        progress.follow(events, out_stream)
+        if beside is not None:
+            events = beside.follow(events)
+        try:
+            progress.follow(events, out_stream)
+        finally:
+            # Without the second process nothing would have been written.
+            if beside is not None and beside.failed and begun.folder is None:
+                shutil.rmtree(place)
+        from fedpress.reports.html import write_report
+
         with terminal.waiting(out_stream, "drawing the report"):
             return write_report(place)
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from fedpress.data import images
 from fedpress.data.examples import Progress
-from fedpress.data.tables import read_parquet
 from fedpress.errors import DataError
 
 
@@ -82,6 +81,9 @@ def read(files: list[Path], progress: Progress | None) -> dict[str, tuple[np.nda
 
 
 def _read_file(file: Path, progress: Progress | None) -> tuple[np.ndarray, np.ndarray]:
+    # Imported here, because pyarrow is slow to import and other sources do not need it.
+    from fedpress.data.tables import read_parquet
+
     table = read_parquet(file)
     for column in ("img", "label"):
         if column not in table.column_names:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fedpress.core.examples import Arrays, resized
 from fedpress.core.inputs import NamedInputs, is_image
 from fedpress.core.log import logger
-from fedpress.data import cifar10, digits, folders, functions, tables
+from fedpress.data import cifar10, digits, folders, functions
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Progress, SourceRows
 from fedpress.data.settings import DataSettings
@@ -17,11 +17,19 @@ from fedpress.errors import DataError
 
 log = logger(__name__)
 
+
+def _read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows:
+    # Imported here, because pyarrow is slow to import and the other sources do not need it.
+    from fedpress.data.tables import read_tables
+
+    return read_tables(settings, progress)
+
+
 SOURCES: dict[str, Callable[[DataSettings, Progress | None], SourceRows]] = {
     "digits": lambda settings, progress: digits.read_digits(),
     "cifar10": cifar10.read_cifar10,
-    "csv": tables.read_tables,
-    "parquet": tables.read_tables,
+    "csv": _read_tables,
+    "parquet": _read_tables,
     "folders": folders.read_folders,
 }
 """Name of each built-in source -> the function that reads its rows."""

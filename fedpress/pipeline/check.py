@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -42,9 +43,24 @@ def check_recipe(
     Raises:
         FedpressError: the first error that would stop the run.
     """
+    return list(checks(recipe, data, network, clients_elsewhere=clients_elsewhere))
+
+
+def checks(
+    recipe: Recipe,
+    data: FederatedData,
+    network: Network | None = None,
+    *,
+    clients_elsewhere: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Checks one stage after the other, and yields the dictionary of each (see `check_recipe`).
+
+    Raises:
+        FedpressError: the first error that would stop the run.
+    """
     # Before the model is built: this mistake is the cheapest to find.
     _check_clients(recipe, data)
-    state, lines = replace(first_state(recipe, data), network=network), []
+    state = replace(first_state(recipe, data), network=network)
     trained = recipe.model.trained
     for index, stage in enumerate(recipe.stage):
         # `stage.check` returns a model with the shapes after the stage: the next stage needs them.
@@ -57,8 +73,7 @@ def check_recipe(
         # Any stage may train, so from here on the model counts as trained.
         trained = True
         size = {"parameters": cost.parameters(state.model), "macs": macs_of(state)}
-        lines.append({"kind": stage.kind, "name": stage.name, **size, **facts})
-    return lines
+        yield {"kind": stage.kind, "name": stage.name, **size, **facts}
 
 
 def _check_clients(recipe: Recipe, data: FederatedData) -> None:

@@ -12,7 +12,8 @@ from browser import CHROMIUM, chromium
 from folders import CLIENTS, federate, prune, result, train, write_json, write_run
 
 from fedpress.errors import RunError
-from fedpress.reports import html, write_report
+from fedpress.reports import html
+from fedpress.reports.html import write_report
 
 HOSTILE = """</script><script>alert(1)</script><img src=x onerror="alert(2)">'"&{{ 7*7 }}<!--"""
 

@@ -12,8 +12,8 @@ from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import first_state, load_data
-from fedpress.reports import write_report
 from fedpress.reports.detail_tables import failure_table
+from fedpress.reports.html import write_report
 from fedpress.reports.stage_table import stage_table
 from fedpress.stages.federate.binding import bind
 from fedpress.stages.federate.failures import PRIVATE, Failures, public_reasons, refusal_line
