@@ -187,7 +187,8 @@ def block_means(values: Floats, block: int, *, squares: bool = False) -> Floats:
             sums[-1] = wide[whole:].sum()
     sizes = np.full(len(sums), block)
     sizes[-1] = values.size - block * (len(sums) - 1)
-    return (sums / sizes).astype(np.float32)
+    means: Floats = (sums / sizes).astype(np.float32)
+    return means
 
 
 def chunks(size: int, block: int, scales: Floats) -> list[tuple[int, int, Floats]]:

@@ -29,10 +29,10 @@ from fedpress.codecs.levels import (
 from fedpress.errors import WireError
 from fedpress.wire.packing import estimate_bits
 
-RUN_LENGTH = 256
+RUN_LENGTH = 1024
 """Number of neighbouring values that are sampled together."""
 
-NUM_RUNS = 1024
+NUM_RUNS = 256
 """Number of such runs of neighbours in the sample from which the packed size is estimated."""
 
 ROUNDING = 0.48

@@ -122,9 +122,7 @@ def encode_ints(values: Ints, rows: int, nested: Callable[[Ints], bytes]) -> byt
             coder.encode_reverse(index, table.model())
 
     for table, _ in coded:
-        body += zigzag(table.low)
-        body += varint(2 * table.symbols + table.escape)
-        body += _coded_codes(table)
+        body += table_bytes(table)
     count = sum(map(len, escaped))
     body += varint(count)
     if count:
@@ -157,7 +155,7 @@ def coded_bits(values: Ints, rows: int = 1, share: float = 1.0) -> float:
     for row in matrix:
         counts = _counts_by_class(row, layout, window.size + 1)
         escapes = int(counts[:, window.size].sum())
-        bits += _bits_of(counts, share) + escapes * 8 * ESCAPE_BYTES
+        bits += bits_of(counts, share) + escapes * 8 * ESCAPE_BYTES
     return bits
 
 
@@ -177,7 +175,7 @@ def _counts_by_class(row: Ints, layout: BlockClasses, width: int) -> NDArray[np.
     return counts.reshape(-1, width)
 
 
-def _bits_of(counts: NDArray[np.int64], share: float) -> float:
+def bits_of(counts: NDArray[np.int64], share: float) -> float:
     """Estimates the bits of all symbols and their tables.
 
     Args:
@@ -221,17 +219,11 @@ def decode_ints(
         )
     matrix = out.reshape(rows, -1)
     layout = _read_ids(reader, *matrix.shape, nested, place)
-    tables = [_read_table(reader, out.dtype, place) for _ in range(layout.count * rows)]
+    tables = [read_table(reader, out.dtype, place) for _ in range(layout.count * rows)]
     escaped = np.empty(reader.varint(f"{place}.escapes", out.size), out.dtype)
     if len(escaped):
         nested(reader.part(f"{place}.escapes"), escaped)
-    # The stream is the last field and takes all remaining bytes.
-    words = reader.take(reader.left, f"{place}.words")
-    # The coder refuses a stream that ends in a zero word.
-    if len(words) % 4 or (len(words) and not any(words[-4:])):
-        fail(f"{place}.words", f"{len(words)} bytes are not a complete stream")
-
-    stream = _Stream(Coder(np.frombuffer(words, "<u4").astype(np.uint32)), escaped, place)
+    stream = Stream.of(reader, escaped, place)
     blocks_of = layout.groups(matrix.shape[1] // layout.width)
     for at, table in enumerate(tables):
         number = at // rows
@@ -240,7 +232,7 @@ def decode_ints(
         fail(f"{place}.words", "the stream does not end where the values do")
 
 
-class _Stream:
+class Stream:
     """Reads values from an ANS stream, and escaped values from their list."""
 
     def __init__(self, coder: Any, escaped: Ints, place: str) -> None:
@@ -248,6 +240,16 @@ class _Stream:
         self._escaped = escaped
         self._place = place
         self._used = 0
+
+    @classmethod
+    def of(cls, reader: ByteReader, escaped: Ints, place: str) -> Stream:
+        """Returns the stream of all bytes that are left; `WireError` if they are not complete."""
+        # The stream is the last field and takes all remaining bytes.
+        words = reader.take(reader.left, f"{place}.words")
+        # The coder refuses a stream that ends in a zero word.
+        if len(words) % 4 or (len(words) and not any(words[-4:])):
+            fail(f"{place}.words", f"{len(words)} bytes are not a complete stream")
+        return cls(Coder(np.frombuffer(words, "<u4").astype(np.uint32)), escaped, place)
 
     def finished(self) -> bool:
         """Returns whether all words and all escaped values were used."""
@@ -356,10 +358,10 @@ def _tables(matrix: Ints, layout: BlockClasses, window: _Window) -> Iterator[Fre
     of_parts = counts.reshape(-1, width)
     step = max(CHUNK // width, 1)
     for start in range(0, len(of_parts), step):
-        yield from _trimmed_tables(of_parts[start : start + step], window.low)
+        yield from trimmed_tables(of_parts[start : start + step], window.low)
 
 
-def _trimmed_tables(counts: NDArray[np.int64], low: int) -> Iterator[FrequencyTable]:
+def trimmed_tables(counts: NDArray[np.int64], low: int) -> Iterator[FrequencyTable]:
     """Yields the table of each row of `counts`.
 
     Rare symbols at both ends are left out if escaping them takes fewer bytes than table entries.
@@ -372,7 +374,7 @@ def _trimmed_tables(counts: NDArray[np.int64], low: int) -> Iterator[FrequencyTa
     inner = counts[:, :-1]
     size = inner.shape[1]
     at = np.arange(size)
-    used = inner > 0
+    used: NDArray[np.bool_] = inner > 0
     first = used.argmax(1)[:, None]
     last = size - used[:, ::-1].argmax(1)[:, None]
     # To begin at a symbol saves a byte for each table entry before it, and costs escapes.
@@ -387,7 +389,7 @@ def _trimmed_tables(counts: NDArray[np.int64], low: int) -> Iterator[FrequencyTa
     kept = np.where((at >= first) & (at < last), inner, 0)
     escapes = counts.sum(1) - kept.sum(1)
     codes = _codes(np.concatenate([kept, escapes[:, None]], 1))
-    occurs = used.any(1)
+    occurs = [bool(row.any()) for row in used]
     for number, row in enumerate(codes):
         start = int(first[number, 0])
         end = int(last[number, 0])
@@ -402,9 +404,9 @@ def _trimmed_tables(counts: NDArray[np.int64], low: int) -> Iterator[FrequencyTa
 
 def _codes(counts: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Returns the code of each symbol (see `FrequencyTable.codes`) for tables [n, symbols]."""
-    # The maximum avoids a division by 0 for symbols that do not occur.
-    ratios = counts.max(1, keepdims=True) / np.maximum(counts, 1)
-    codes = np.minimum(np.rint(8 * np.log2(ratios)), ABSENT - 1).astype(np.uint8)
+    # The maxima avoid 0 / 0 for symbols, and tables, that do not occur.
+    ratios = np.maximum(counts.max(1, keepdims=True), 1) / np.maximum(counts, 1)
+    codes: NDArray[np.uint8] = np.minimum(np.rint(8 * np.log2(ratios)), ABSENT - 1).astype(np.uint8)
     codes[counts == 0] = ABSENT
     return codes
 
@@ -463,12 +465,24 @@ def _read_ids(
     return BlockClasses(width, count, ids)
 
 
-def _coded_codes(table: FrequencyTable) -> bytes:
+def table_bytes(table: FrequencyTable) -> bytes:
+    """Returns the coded table, which `read_table` reads."""
     # A single symbol has probability 1, so its code is not sent.
-    return table.codes.tobytes() if len(table.codes) > 1 else b""
+    codes = table.codes.tobytes() if len(table.codes) > 1 else b""
+    return zigzag(table.low) + varint(2 * table.symbols + table.escape) + codes
 
 
-def _read_table(reader: ByteReader, dtype: np.dtype, place: str) -> FrequencyTable:
+def model_of(table: FrequencyTable) -> Any:
+    """Returns the probability model of a table; None for a single symbol, which needs no bits."""
+    return table.model() if len(table.codes) > 1 else None
+
+
+def read_table(reader: ByteReader, dtype: np.dtype, place: str) -> FrequencyTable:
+    """Reads the table of one class or context, for values of type `dtype`.
+
+    Raises:
+        WireError: if it is invalid.
+    """
     low = reader.zigzag(f"{place}.low")
     symbols, escape = divmod(reader.varint(f"{place}.symbols", 2 * MAX_SYMBOLS + 1), 2)
     if not symbols:
@@ -486,7 +500,7 @@ def _read_table(reader: ByteReader, dtype: np.dtype, place: str) -> FrequencyTab
 
 
 def _decode_part(
-    stream: _Stream,
+    stream: Stream,
     table: FrequencyTable,
     row: Ints,
     layout: BlockClasses,
@@ -494,7 +508,7 @@ def _decode_part(
     blocks_of_class: NDArray[np.intp],
 ) -> None:
     """Fills the blocks of class `number` in one row."""
-    model = table.model() if len(table.codes) > 1 else None
+    model = model_of(table)
     if layout.count == 1:
         for at in range(0, row.size, CHUNK):
             size = min(CHUNK, row.size - at)
@@ -515,6 +529,6 @@ def _decode_part(
 
 def _shifted(index: NDArray[np.int32], low: int, dtype: np.dtype) -> Ints:
     values = index.astype(dtype)
-    # Intermediate overflow does no harm; the range of the result was checked by `_read_table`.
+    # Intermediate overflow does no harm; the range of the result was checked by `read_table`.
     values += np.array(low).astype(dtype)
     return values

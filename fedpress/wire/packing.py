@@ -1,6 +1,7 @@
-"""Packs a tensor losslessly in the shortest of four forms.
+"""Packs a tensor losslessly in the shortest of five forms.
 
-The forms are raw, n-bit integers, entropy-coded integers (ANS), and sparse. ANS and sparse are only
+The forms are raw, n-bit integers, entropy-coded integers with a table for each class of blocks
+(ANS) or for each context of neighbours, and sparse. All but the first two are only
 tried if they are likely to be shorter. Floats are raw, unless the sender asks for the shortest
 form: then zeros are left out. Unpacking returns the same bits. The file `FORMAT.md` in
 this folder describes the bytes.
@@ -17,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpress.wire import ans
+from fedpress.wire import ans, contexts
 from fedpress.wire.classes import Ints
 from fedpress.wire.reader import ByteReader, fail, varint, zigzag
 
-RAW, NBIT, ANS, SPARSE = range(4)
+RAW, NBIT, ANS, SPARSE, CONTEXTS = range(5)
 """The number of each form, the first byte of packed values."""
 
 MAX_DEPTH = 3
@@ -110,7 +111,10 @@ def estimate_bits(values: Ints, *, rows: int = 1, share: float = 1.0) -> float:
     if not bits:
         return 0.0
     plain = 8 * share * _nbit_bytes(0, bits) + bits * len(values)
-    return min(ans.coded_bits(values, rows, share), plain)
+    best = min(ans.coded_bits(values, rows, share), plain)
+    if rows == 1:
+        best = min(best, contexts.context_bits(values, share))
+    return best
 
 
 def _array(tensor: Tensor) -> Ints:
@@ -185,7 +189,10 @@ def _choose(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> tuple[
     best = b""
     if depth < MAX_DEPTH:
         if bits and _ans_pays(values, bits, size):
-            coded = bytes([ANS]) + ans.encode_ints(values, rows, nested)
+            if depth == 0 and rows == 1 and _contexts_pay(values):
+                coded = bytes([CONTEXTS]) + contexts.encode_contexts(values, nested)
+            else:
+                coded = bytes([ANS]) + ans.encode_ints(values, rows, nested)
             size, best = _shorter(coded, size, best)
         # For integers of one or two bytes, entropy coding handles zeros well enough.
         if (floats or values.itemsize > 2) and _sparse_pays(values, size):
@@ -231,12 +238,14 @@ def _expand(reader: ByteReader, out: Ints, place: str, depth: int = 0) -> None:
         _read_nbit(reader, out, place)
     elif form == ANS and depth < MAX_DEPTH:
         ans.decode_ints(reader, out, nested, place)
+    elif form == CONTEXTS and not depth:
+        contexts.decode_contexts(reader, out, nested, place)
     elif form == SPARSE and depth < MAX_DEPTH:
         _read_sparse(reader, out, nested, place)
     else:
         fail(
             f"{place}.form",
-            f"got {form} at depth {depth}, expected one of {RAW}, {NBIT}, {ANS}, {SPARSE}",
+            f"got {form} at depth {depth}, expected one of {RAW} to {CONTEXTS}",
         )
     if reader.left:
         fail(place, f"{reader.left} bytes are left over")
@@ -323,6 +332,13 @@ def _ans_pays(values: Ints, bits: int, size: int) -> bool:
         return len(values) < 4096 or ans.coded_bits(values) < 8 * size
     # The estimate must be 2% below `size`, because from a sample it may be slightly too low.
     return ans.coded_bits(_sampled(values)) < 8 * size * 0.98 * SAMPLE / len(values)
+
+
+def _contexts_pay(values: Ints) -> bool:
+    """Returns whether a table for each context is likely to take fewer bytes than one a block."""
+    sample = values if len(values) <= 2 * SAMPLE else _sampled(values)
+    share = len(sample) / len(values)
+    return contexts.context_bits(sample, share) < ans.coded_bits(sample, share=share)
 
 
 def _sampled(values: Ints, run: int = 1024) -> Ints:
