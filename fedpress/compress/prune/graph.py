@@ -369,7 +369,7 @@ def capture(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Exp
 
 @contextmanager
 def _without_stack_traces() -> Iterator[None]:
-    """Keeps torch from storing a stack trace with each node, which takes a third of a capture."""
+    """Keeps torch from storing a stack trace with each node, a tenth of a capture."""
     # Versions before 2.13 may lack the switch.
     before = getattr(fx_config, "do_not_emit_stack_traces", None)
     if before is None:
