@@ -227,6 +227,19 @@ Source: TypeAlias = RandomSource | torch.Generator | None
 """What `as_random_source` takes: a random source, a torch generator, or None for the global one."""
 
 
+def seed_generators_(seed: int) -> None:
+    """Seeds torch's global generators, as `torch.manual_seed` does, with the same numbers drawn.
+
+    `torch.manual_seed` also keeps a request, with the text of the call stack, for each kind of
+    accelerator that is not in use: this takes longer than a step of a small network, and the
+    requests are never removed. Here only the CPU and accelerators in use are seeded.
+    """
+    if torch.cuda.is_initialized() or torch.xpu.is_initialized() or torch.backends.mps.is_built():
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+
+
 def seed_torch_(chance: RandomSource) -> None:
     """Seeds torch's global generators from `chance`, for draws inside of a network such as dropout.
 
@@ -235,7 +248,7 @@ def seed_torch_(chance: RandomSource) -> None:
     The generator is still not cryptographic, and with MKL a call of dropout depends on only 32 of
     its bits. Do not rely on secret dropout masks: the noise on the gradients protects the data.
     """
-    torch.manual_seed(int(chance.words(1)[0] >> np.uint64(1)))
+    seed_generators_(int(chance.words(1)[0] >> np.uint64(1)))
     state = torch.get_rng_state()
     # 312 words of 64 bits are the 624 of 32 bits, which torch stores as int64 from position 3 on.
     words = chance.words(312).astype("<u8").view("<u4")

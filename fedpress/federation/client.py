@@ -18,6 +18,7 @@ from fedpress.core.canonical import JSON
 from fedpress.core.examples import Arrays
 from fedpress.core.finite import is_finite, norm
 from fedpress.core.names import ClientId
+from fedpress.core.random_source import seed_generators_
 from fedpress.errors import DivergedError, RecipeError, WireError
 from fedpress.federation.agreement import Agreement, Terms
 from fedpress.federation.client_plan import ClientPlan
@@ -440,7 +441,7 @@ class Client:
             # Dropout draws from torch's global generator. This generator is seeded here, so that
             # every run has the same bits, and is restored afterwards for other code.
             with torch.random.fork_rng():
-                torch.manual_seed(key.client_seed("dropout"))
+                seed_generators_(key.client_seed("dropout"))
                 yield
         finally:
             # A buffer may contain statistics of private examples. Clients may share the model, so

@@ -15,7 +15,7 @@ from fedpress.core.inputs import Inputs, is_image
 from fedpress.core.log import logger
 from fedpress.core.parameters import tensors_under
 from fedpress.core.random import derive
-from fedpress.core.random_source import public_stream
+from fedpress.core.random_source import public_stream, seed_generators_
 from fedpress.errors import DivergedError
 from fedpress.nn.quantized import kept_entries
 from fedpress.tasks import Task
@@ -222,7 +222,7 @@ class Fit:
         s, n = self.settings, len(train)
         # Each epoch has its own random streams, so that a resumed run draws the same numbers.
         chance = public_stream(self.seed, "epoch", self.epoch)
-        torch.manual_seed(derive(self.seed, "dropout", self.epoch))
+        seed_generators_(derive(self.seed, "dropout", self.epoch))
         order = chance.permutation(n)
         # For flip "alternate": one half of the images is mirrored in even epochs, the other half in
         # odd epochs. So two consecutive epochs show both versions of every image.

@@ -14,6 +14,7 @@ from fedpress.core.random_source import (
     as_random_source,
     private_stream,
     public_stream,
+    seed_generators_,
     seed_torch_,
 )
 from fedpress.errors import PrivacyError, RecipeError
@@ -145,6 +146,15 @@ def test_streams_do_not_touch_the_global_generators():
     private_stream(3, "a").normal(8)
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], numpys)
+
+
+def test_generators_are_seeded_as_torch_seeds_them():
+    for seed in (0, 7, 2**40 + 1, 2**63 - 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            wanted = torch.rand(9)
+            seed_generators_(seed)
+            assert torch.equal(torch.rand(9), wanted)
 
 
 def test_torch_is_seeded_with_more_bits_than_a_seed_of_its_own_holds():
