@@ -46,6 +46,22 @@ def flatten(model: nn.Module) -> Tensor:
     return torch.cat(parts)
 
 
+def change(model: nn.Module, start: Tensor) -> Tensor:
+    """Returns how the trainable parameters differ from `start` [d], as float32 [d] on the CPU.
+
+    It is `flatten(model) - start` without a copy of the parameters.
+    """
+    found = torch.empty_like(start)
+    at = 0
+    with torch.no_grad():
+        for p in trainable(model):
+            part = slice(at, at + p.numel())
+            values = p.reshape(-1).to("cpu", torch.float32)
+            torch.sub(values, start[part], out=found[part])
+            at += p.numel()
+    return found
+
+
 def assign_(model: nn.Module, vector: Tensor) -> None:
     """Writes the flat `vector` [d] into the trainable parameters of `model`.
 

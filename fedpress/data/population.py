@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
 
 from fedpress.core.names import ClientId
@@ -62,6 +63,13 @@ class Population:
     def __len__(self) -> int:
         return len(self.names)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    @cached_property
+    def _names(self) -> frozenset[ClientId]:
+        return frozenset(self.names)
+
     @property
     def total(self) -> int:
         """Number of examples of all clients together.
@@ -88,6 +96,10 @@ class Population:
 
     def to_json(self) -> str:
         """Returns the population as one line of JSON."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         counts = None
         if self.examples is not None:
             counts = [self.examples[name] for name in self.names]
@@ -99,8 +111,11 @@ class Population:
         return json.dumps(table, separators=(",", ":"))
 
     @classmethod
+    @lru_cache(maxsize=2)
     def from_json(cls, text: str) -> Population:
         """Reads the text of `to_json`. The text is checked, because it comes over the network.
+
+        All simulated clients of a run are sent the same text, so the last ones are kept.
 
         Raises:
             DataError: if the text is not valid.

@@ -270,7 +270,7 @@ class LocalRun:
         """
         if self._done.update is not None:
             return self._done.update
-        return parameters.flatten(self.model) - self.start
+        return parameters.change(self.model, self.start)
 
     @property
     def _done(self) -> Outcome:

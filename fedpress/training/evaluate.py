@@ -59,7 +59,7 @@ def evaluate(
     task: Task,
     *,
     precision: Precision = "float32",
-    batch_size: int = 500,
+    batch_size: int | None = None,
     all_metrics: bool = False,
 ) -> Evaluation:
     """Evaluates `model` on `arrays` in evaluation mode, then restores the mode of every module.
@@ -70,7 +70,7 @@ def evaluate(
         preprocess: the standardisation of the examples.
         task: defines loss and metrics.
         precision: number format of the forward passes.
-        batch_size: number of examples in a forward pass.
+        batch_size: number of examples in a forward pass; None: 100 on a CPU, else 500.
         all_metrics: whether to compute all metrics. If False, only the primary metric and the loss
             are computed.
 
@@ -88,6 +88,9 @@ def evaluate(
     loss = 0.0
     sums: list[Sums] = []
     at = device_of(model)
+    if batch_size is None:
+        # The activations of small batches stay in a CPU's caches; a GPU needs large ones.
+        batch_size = 100 if at.type == "cpu" else 500
     with evaluating(model), torch.inference_mode(), autocast(model, precision):
         for x, y in zip(arrays.x.split(batch_size), arrays.y.split(batch_size), strict=True):
             found = outputs(model, laid_out(preprocess(x.to(at)), model)).float()

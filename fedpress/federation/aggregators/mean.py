@@ -81,8 +81,8 @@ class RunningSum:
     def add(self, contribution: Contribution) -> None:
         """Adds each vector of a client, multiplied by the client's weight."""
         for name, total in self.sums.items():
-            # In place: the memory does not grow with the number of clients.
-            total.add_(contribution.vectors[name].double(), alpha=contribution.weight)
+            # In place, and without a copy in float64: torch converts while it adds.
+            total.add_(contribution.vectors[name], alpha=contribution.weight)
         self.weight += contribution.weight
 
     def close(self) -> Total:

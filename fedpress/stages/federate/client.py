@@ -170,7 +170,7 @@ class ClientSide:
         Raises:
             WireError: if the server does not name this client, or gives another number or key.
         """
-        if self.name not in population.names:
+        if self.name not in population:
             raise WireError(
                 f"it does not name {self.name!r}",
                 place="agree.population",
@@ -258,7 +258,8 @@ class ClientSide:
         model = self.common.model
         parameters.assign_(model, client.read_params(message))
         task = self.common.task
-        found = evaluate(model, self.arrays, self.common.preprocess, task)
+        precision = self.common.stage.precision
+        found = evaluate(model, self.arrays, self.common.preprocess, task, precision=precision)
         metrics: dict[str, JSON] = {task.primary: json_number(found.score)}
         return Message("evaluated", {"examples": len(self.arrays), "metrics": metrics})
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedpress.core import parameters
 from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
+from fedpress.core.random_source import public_stream
 from fedpress.data.population import Population
 from fedpress.errors import DataError, RecipeError, TrainingError, WireError
 from fedpress.federation import (
@@ -278,11 +279,20 @@ class ServerSide:
             facts["clip_norm"] = self.uplink.adaptive.initial
         return facts
 
-    def client_scores(self, params: Tensor) -> dict[ClientId, float | None]:
-        """Asks every client for the task's metric on its own examples.
+    def _scored(self) -> list[ClientId]:
+        """Returns the clients whose own examples measure the final model."""
+        names = self.population.names
+        count = self.stage.scored_clients
+        if count >= len(names):
+            return list(names)
+        chance = public_stream(self.common.seed, "scored")
+        return [names[index] for index in chance.subset(len(names), count).tolist()]
 
-        Under privacy no client is asked, because the metric is computed from private data. Clients
-        that do not answer are left out.
+    def client_scores(self, params: Tensor) -> dict[ClientId, float | None]:
+        """Asks clients for the task's metric on their own examples.
+
+        Asks `stage.scored_clients` of them, drawn at random. Under privacy no client is asked,
+        because the metric is computed from private data. Clients that do not answer are left out.
 
         Args:
             params: parameters of the model to measure [d].
@@ -296,7 +306,7 @@ class ServerSide:
         question = Message("evaluate", header, {"params": params})
         found: dict[ClientId, float | None] = {}
         metric = self.common.task.primary
-        for name, reply in exchange(self.transport, dict.fromkeys(self.population.names, question)):
+        for name, reply in exchange(self.transport, dict.fromkeys(self._scored(), question)):
             if reply.kind != "evaluated":
                 continue
             try:

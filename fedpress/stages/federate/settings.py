@@ -240,6 +240,13 @@ class FederateSettings(LocalSettings, ReadsOldKeys):
         description="stop after this many rounds without a better validation score; 0 = never",
     )
 
+    scored_clients: int = Field(
+        1000,
+        ge=0,
+        description="number of clients, drawn at random, whose own examples measure the final "
+        "model; all if there are fewer, 0 = none; never under privacy",
+    )
+
     @model_validator(mode="after")
     def _one_place_for_algorithm(self) -> FederateSettings:
         """Refuses `server` and `proximal_mu` with `algorithm`, which they may contradict."""

@@ -99,6 +99,7 @@ SERVER_ALONE = {
     "target_metric",
     "target_accuracy",
     "patience",
+    "scored_clients",
 }
 
 
@@ -266,6 +267,20 @@ def test_without_privacy_every_client_says_what_the_model_is_worth_to_it():
         arrays = examples(at)
         right = (server.model(arrays.x).argmax(1) == arrays.y).double().mean()
         assert found[name] == pytest.approx(float(right))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_some_clients_drawn_at_random_say_what_the_model_is_worth(count):
+    found = []
+    for seed in range(20):
+        settings = common(scored_clients=count)
+        settings = replace(settings, seed=seed)
+        server = ServerSide.bind(settings, transport_to(clients_of(settings)))
+        params = torch.cat([p.detach().reshape(-1) for p in server.model.parameters()])
+        found.append(tuple(server.client_scores(params)))
+        assert tuple(server.client_scores(params)) == found[-1]
+    assert {len(names) for names in found} == {count}
+    assert {name for names in found for name in names} == (set(NAMES) if count else set())
 
 
 @pytest.mark.parametrize("metrics", [{"accuracy": "high"}, {"accuracy": True}, {"accuracy": []}, 3])
