@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,7 +15,13 @@ from fedpress.core.canonical import JSON
 from fedpress.core.finite import norm
 from fedpress.core.names import ClientId
 from fedpress.errors import RecipeError, SecureError, WireError
-from fedpress.federation.aggregators.base import Contribution, Gathering, Session, Total
+from fedpress.federation.aggregators.base import (
+    Contribution,
+    Gathering,
+    PartialSum,
+    Session,
+    Total,
+)
 from fedpress.federation.failures import Tally
 from fedpress.federation.protocol import check_header, need, refusal_of
 from fedpress.federation.uplink import Uplink
@@ -122,6 +129,78 @@ def round_mean(
     return gatherer.close()
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The answers of some clients of a round, which stand next to each other in the cohort.
+
+    Attributes:
+        total: the sums over these clients.
+        taken: number of answers, used or not.
+        rows: see `RoundMean`.
+        refused: see `RoundMean`.
+        below: see `Gatherer`.
+        failures: see `Gatherer`.
+        num_added: number of updates in the sums.
+    """
+
+    total: Total
+    taken: int
+    rows: list[dict[str, JSON]]
+    refused: dict[ClientId, str]
+    below: list[bool]
+    failures: dict[ClientId, Tally]
+    num_added: int
+
+
+@runtime_checkable
+class SummingTransport(Protocol):
+    """A transport that can add up the answers of clients where they work."""
+
+    def prepare(self, uplink: Uplink, seed: int) -> None:
+        """Tells how the answers are added up; called before the first round.
+
+        Args:
+            uplink: how updates are decoded and aggregated.
+            seed: seed of the run.
+        """
+        ...
+
+    def parts(
+        self, requests: Sequence[tuple[ClientId, Message]], round: int, size: int
+    ) -> Iterator[Part]:
+        """Sends requests, and yields the sum over the answers of each block of clients, in order.
+
+        Args:
+            requests: the clients with their requests, in the order of the cohort.
+            round: number of the round.
+            size: number of clients in a block.
+        """
+        ...
+
+
+def part_of(
+    uplink: Uplink, answers: Iterable[tuple[ClientId, Message]], *, seed: int, round: int
+) -> Part:
+    """Adds up the answers of clients of one block, for `Gatherer.merge`.
+
+    The aggregator must have a `part`.
+    """
+    gatherer = Gatherer(uplink, Key(seed, round, SERVER), (), {})
+    gatherer.gathering = uplink.aggregator.part(uplink.vector_codecs)
+    assert gatherer.gathering is not None
+    for client, answer in answers:
+        gatherer.take(client, answer)
+    return Part(
+        gatherer.gathering.close(),
+        gatherer.taken,
+        gatherer.rows,
+        gatherer.refused,
+        gatherer.below,
+        gatherer.failures,
+        gatherer.num_added,
+    )
+
+
 @dataclass(eq=False)
 class Gatherer:
     """Collects the replies of one round: call `take` for each reply, then `close`.
@@ -138,6 +217,7 @@ class Gatherer:
         below: for each client, whether its update was not longer than the adaptive clip norm.
         failures: client -> the counts of failures that it reported.
         num_added: number of updates in the aggregate.
+        taken: number of answers so far, used or not.
     """
 
     uplink: Uplink
@@ -151,6 +231,18 @@ class Gatherer:
     below: list[bool] = field(default_factory=list)
     failures: dict[ClientId, Tally] = field(default_factory=dict)
     num_added: int = 0
+    taken: int = 0
+
+    def merge(self, part: Part) -> None:
+        """Adds the answers of several clients, which come next in the cohort."""
+        gathering = cast("PartialSum", self.gathering)
+        gathering.merge(part.total, self.taken)
+        self.taken += part.taken
+        self.rows += part.rows
+        self.refused |= part.refused
+        self.below += part.below
+        self.failures |= part.failures
+        self.num_added += part.num_added
 
     def take(
         self,
@@ -175,6 +267,8 @@ class Gatherer:
         """
         if not 0 <= scale <= 1:
             raise RecipeError(f"got {scale}, expected a number inside 0..1", place="scale")
+        position = self.taken
+        self.taken += 1
         try:
             # A client that failed, or may not answer, sends a reason and no update.
             reason = None if reply is None else refusal_of(reply)
@@ -182,7 +276,7 @@ class Gatherer:
                 self.refused[client] = reason
                 return
             named = self.key.round if task is None else task
-            self._take(Key(self.key.seed, named, client), reply, scale)
+            self._take(Key(self.key.seed, named, client), reply, scale, position)
         except WireError as problem:
             self.refused[client] = str(problem)
 
@@ -237,13 +331,14 @@ class Gatherer:
         refused = dict.fromkeys(self.cohort, reason) | self.refused
         return RoundMean({}, [], refused, self.state)
 
-    def _take(self, key: Key, reply: Message | None, scale: float) -> None:
+    def _take(self, key: Key, reply: Message | None, scale: float, position: int) -> None:
         """Adds an update to the aggregate.
 
         Args:
             key: seeds the client's random streams in the round of its task.
             reply: the client's answer.
             scale: see `take`.
+            position: see `Contribution`.
 
         Raises:
             WireError: if the update is not valid; then nothing was added.
@@ -268,7 +363,7 @@ class Gatherer:
         # `examples` is 1 if clients may not be named; then all clients have the same weight.
         weight = float(examples) if uplink.weights == "examples" else 1.0
         secure: Mapping[str, JSON] = need("update", header, "secure") if "secure" in header else {}
-        self.gathering.add(Contribution(key, weight, scaled, tensors, secure))
+        self.gathering.add(Contribution(key, weight, scaled, tensors, secure, position))
         self.num_added += 1
         if not named:
             return

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from time import perf_counter
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from fedpress.core.names import ClientId
 from fedpress.core.threads import torch_threads
 from fedpress.errors import DivergedError, RecipeError
 from fedpress.federation.aggregators.base import Session
+from fedpress.federation.aggregators.mean import block_size
 from fedpress.federation.agreement import Terms
 from fedpress.federation.algorithms import Algorithm, RoundInfo
 from fedpress.federation.algorithms.base import ServerState
@@ -27,7 +29,7 @@ from fedpress.federation.delays import Delays
 from fedpress.federation.downlink import Broadcast
 from fedpress.federation.exchange import Traffic, Transport, error
 from fedpress.federation.failures import Tally
-from fedpress.federation.gatherer import Gatherer, RoundMean, gather
+from fedpress.federation.gatherer import Gatherer, RoundMean, SummingTransport, gather
 from fedpress.federation.outbox import Outbox
 from fedpress.federation.protocol import need
 from fedpress.federation.schedules import (
@@ -232,6 +234,8 @@ class _Run:
             parts = _initial_parts(terms, start.params)
         else:
             parts = _split_state(start.state)
+        if isinstance(transport, SummingTransport):
+            transport.prepare(terms.uplink, terms.seed)
         session = terms.uplink.aggregator.open(transport, terms.agreement.fingerprint)
         context = ScheduleContext(
             transport.clients(),
@@ -264,9 +268,12 @@ class _Run:
             state=self.parts["uplink"],
             secret=self.server.secret,
         )
-        if asked:
-            self._send(asked, number, broadcast)
-        self._take_answers(gatherer, number, broadcast)
+        if asked and self._adds_up_there():
+            self._take_parts(gatherer, asked, number, broadcast)
+        else:
+            if asked:
+                self._send(asked, number, broadcast)
+            self._take_answers(gatherer, number, broadcast)
 
         timing, late = self.scheduler.end()
         for client, reason in late.items():
@@ -293,6 +300,30 @@ class _Run:
             failures=mean.failures,
             timing=timing,
         )
+
+    def _adds_up_there(self) -> bool:
+        """Whether the transport adds up the answers where the clients work."""
+        uplink = self.server.terms.uplink
+        return (
+            isinstance(self.server.transport, SummingTransport)
+            and self.server.schedule.waits_for_all
+            and uplink.aggregator.part(uplink.vector_codecs) is not None
+        )
+
+    def _take_parts(
+        self,
+        gatherer: Gatherer,
+        asked: list[Assignment],
+        number: int,
+        broadcast: Broadcast | None,
+    ) -> None:
+        """Sends the model, and adds the sums over blocks of clients to `gatherer`."""
+        transport = cast("SummingTransport", self.server.transport)
+        requests = list(self._messages(asked, number, broadcast).items())
+        for part in transport.parts(requests, number, block_size(len(requests))):
+            gatherer.merge(part)
+        while waiting := self.scheduler.wait():
+            self.scheduler.take(waiting[0])
 
     def _take_answers(self, gatherer: Gatherer, number: int, broadcast: Broadcast | None) -> None:
         """Passes answers to `gatherer` until the schedule has enough answers for this step.
@@ -356,7 +387,15 @@ class _Run:
         _check_finite(self.params, number, algorithm)
 
     def _send(self, asked: list[Assignment], number: int, broadcast: Broadcast | None) -> None:
-        """Sends the model to the clients in `asked`.
+        """Sends the model to the clients in `asked`."""
+        requests = self._messages(asked, number, broadcast)
+        for one in asked:
+            self.outbox.send(one, requests[one.client])
+
+    def _messages(
+        self, asked: list[Assignment], number: int, broadcast: Broadcast | None
+    ) -> dict[ClientId, Message]:
+        """Returns the message with the model for each client in `asked`, in their order.
 
         Clients that get equal messages share one object, because the transport serializes each
         object once.
@@ -380,8 +419,7 @@ class _Run:
         if terms.algorithm.keeps_state:
             counted = Counted.open(self.clients, self.parts["clients"])
             requests = _with_counted(requests, counted)
-        for one in asked:
-            self.outbox.send(one, requests[one.client])
+        return {name: requests[name] for name in names}
 
 
 def _check_finite(params: Tensor, round: int, algorithm: Algorithm) -> None:

@@ -180,5 +180,5 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     # `torch.manual_seed` also notes for other devices where it was called, which takes a
     # millisecond.
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield

@@ -29,6 +29,7 @@ class Contribution:
         vectors: name -> decoded vector, clipped to its bound; empty in a secure sum.
         tensors: the received tensors, still encoded; in a secure sum they are masked.
         secure: header fields of the secure sum; empty for other aggregators.
+        position: number of earlier answers in this round, used or not.
     """
 
     key: Key
@@ -36,6 +37,7 @@ class Contribution:
     vectors: Vectors
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     secure: Mapping[str, JSON] = field(default_factory=dict)
+    position: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +74,14 @@ class Gathering(Protocol):
         Raises:
             SecureError: if the aggregate cannot be computed.
         """
+        ...
+
+
+class PartialSum(Gathering, Protocol):
+    """An aggregate to which also the sum over several clients can be added."""
+
+    def merge(self, part: Total, position: int) -> None:
+        """Adds the sum over clients whose first one has this position; they lie in one block."""
         ...
 
 
@@ -134,6 +144,14 @@ class Aggregator(Protocol):
         Args:
             moved: bound on how far one protected unit (example or client) moves a client's vector.
             cohort: number of clients in a round.
+        """
+        ...
+
+    def part(self, vector_codecs: Sequence[VectorCodec]) -> PartialSum | None:
+        """Returns an empty sum over some clients of a cohort, to be merged into that of the cohort.
+
+        None if all updates are needed together. A round then takes memory for each of them, or
+        exchanges messages with the clients.
         """
         ...
 

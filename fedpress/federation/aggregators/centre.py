@@ -55,6 +55,9 @@ class CoordinateWise(BaseModel):
         """
         return None
 
+    def part(self, vector_codecs: Sequence[VectorCodec]) -> None:
+        """Returns None: all updates are compared, so all are in memory, cohort x d float32 values."""
+
     def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
         """Accepts any codecs: vectors are decoded before they are compared."""
 

@@ -17,6 +17,10 @@ from fedpress.federation.aggregators.base import Contribution, Total, Weights
 from fedpress.federation.exchange import Transport
 from fedpress.federation.vector_codec import VectorCodec
 
+BLOCKS = 32
+"""Largest number of blocks of a cohort. More would let more processes work at a time, and each block
+costs one further addition."""
+
 
 class Mean(BaseModel):
     """Adds weight x update over all clients; the server later divides the sum."""
@@ -59,32 +63,86 @@ class Mean(BaseModel):
         self, vector_codecs: Sequence[VectorCodec], cohort: Sequence[ClientId], key: Key
     ) -> RunningSum:
         """Returns sums that are zero."""
-        return RunningSum(
-            {codec.name: torch.zeros(codec.size, dtype=torch.float64) for codec in vector_codecs}
-        )
+        return RunningSum.of(vector_codecs, block_size(len(cohort)))
+
+    def part(self, vector_codecs: Sequence[VectorCodec]) -> RunningSum:
+        """Returns sums that are zero, for clients of one block."""
+        return RunningSum.of(vector_codecs, None)
+
+
+def block_size(cohort: int) -> int:
+    """Returns how many clients' updates are added up before their sum is added to the total.
+
+    Several processes can sum one block each, and the bits do not depend on their number. A cohort
+    has up to `BLOCKS` blocks.
+
+    >>> block_size(10), block_size(1000)
+    (1, 32)
+    """
+    return max(1, -(-cohort // BLOCKS))
 
 
 @dataclass(eq=False)
 class RunningSum:
     """The weighted sum of each named vector.
 
-    Sums are float64, because float32 rounding errors would add up over a large cohort.
+    Sums are float64, because float32 rounding errors would add up over a large cohort. Answers in
+    blocks of `per_block` positions are added up first, and then the blocks.
 
     Attributes:
-        sums: name of a vector -> sum of weight x vector over the clients so far.
+        sums: name of a vector -> sum of weight x vector over the finished blocks.
+        per_block: number of positions in a block; None: there is one block.
         weight: sum of the clients' weights so far.
+        block: the sums of the present block; None before the first update.
+        number: number of the present block.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
+    per_block: int | None = None
     weight: float = 0.0
+    block: dict[str, Tensor] | None = None
+    number: int = 0
+
+    @classmethod
+    def of(cls, vector_codecs: Sequence[VectorCodec], per_block: int | None) -> RunningSum:
+        """Returns sums that are zero."""
+        sums = {}
+        for codec in vector_codecs:
+            sums[codec.name] = torch.zeros(codec.size, dtype=torch.float64)
+        return cls(sums, per_block)
 
     def add(self, contribution: Contribution) -> None:
         """Adds each vector of a client, multiplied by the client's weight."""
-        for name, total in self.sums.items():
+        for name, total in self._block_at(contribution.position).items():
             # In place, and without a copy in float64: torch converts while it adds.
             total.add_(contribution.vectors[name], alpha=contribution.weight)
         self.weight += contribution.weight
 
+    def merge(self, part: Total, position: int) -> None:
+        """Adds the sums over several clients of one block; see `PartialSum`."""
+        for name, total in self._block_at(position).items():
+            total.add_(part.vectors[name])
+        self.weight += part.weight
+
     def close(self) -> Total:
         """Returns the sums and the total weight."""
+        self._finish_block()
         return Total(self.sums, self.weight)
+
+    def _block_at(self, position: int) -> dict[str, Tensor]:
+        """Returns the sums of the block of this position, after finishing an earlier one."""
+        if self.per_block is None:
+            return self.sums
+        number = position // self.per_block
+        if number != self.number:
+            self._finish_block()
+            self.number = number
+        if self.block is None:
+            self.block = {name: torch.zeros_like(total) for name, total in self.sums.items()}
+        return self.block
+
+    def _finish_block(self) -> None:
+        """Adds the present block to the total, and empties it."""
+        for name, values in (self.block or {}).items():
+            self.sums[name].add_(values)
+            values.zero_()

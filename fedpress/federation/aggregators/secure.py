@@ -93,6 +93,9 @@ class SecureSum:
         """
         return moved.l2
 
+    def part(self, vector_codecs: Sequence[VectorCodec]) -> None:
+        """Returns None: masks cancel only in the sum over the whole cohort."""
+
     def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
         """Checks that only the update is sent, and that its codecs are additive and give integers.
 

@@ -179,6 +179,11 @@ class Schedule(Protocol):
         ...
 
     @property
+    def waits_for_all(self) -> bool:
+        """Whether each step takes the answers of all clients that it asks, in the order of asking."""
+        ...
+
+    @property
     def drops(self) -> bool:
         """Whether a slow client may be left out of a step because others were faster."""
         ...

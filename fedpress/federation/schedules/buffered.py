@@ -57,6 +57,11 @@ class Buffered(BaseModel):
         return False
 
     @property
+    def waits_for_all(self) -> bool:
+        """No: answers to earlier versions of the model are in a step."""
+        return False
+
+    @property
     def drops(self) -> bool:
         """No: every answer is used."""
         return False

@@ -77,6 +77,11 @@ class Synchronous(BaseModel):
         return self.deadline is not None
 
     @property
+    def waits_for_all(self) -> bool:
+        """Yes, without a deadline and without over-selection."""
+        return self.deadline is None and not self.drops
+
+    @property
     def drops(self) -> bool:
         """Only with over-selection."""
         return self.over_selection > 1

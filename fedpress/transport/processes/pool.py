@@ -16,13 +16,15 @@ from multiprocessing.context import ForkProcess
 
 from fedpress.core.log import logger
 from fedpress.core.names import ClientId
-from fedpress.federation import InMemoryState
+from fedpress.federation import DiskState
 from fedpress.federation.exchange import RequestId
+from fedpress.federation.gatherer import Part
+from fedpress.federation.uplink import Uplink
 from fedpress.transport.actor import Side, Write
 from fedpress.transport.packed import CountedMessage
 from fedpress.transport.processes.pending import SwitchedState
 from fedpress.transport.processes.slots import Piece, Slots
-from fedpress.transport.processes.worker import Done, Job, work
+from fedpress.transport.processes.worker import Call, Done, Inherited, Job, work
 from fedpress.wire.message import Message
 
 log = logger(__name__)
@@ -41,19 +43,19 @@ ROOM = 1 << 20
 
 @dataclass(eq=False)
 class Request:
-    """A request that workers are to answer.
+    """Requests to one or more clients, which one worker is to answer.
 
     Attributes:
         number: id of the request.
-        client: name of the client.
-        counted: the message.
+        calls: the clients, each with its message.
+        round: number of the round if the answers are added up; else None, with one call.
         answer_in: slot for the answer; None: it comes through the pipe.
         deaths: number of workers that have died while they answered it.
     """
 
     number: RequestId
-    client: ClientId
-    counted: CountedMessage
+    calls: tuple[tuple[ClientId, CountedMessage], ...]
+    round: int | None = None
     answer_in: int | None = None
     deaths: int = 0
 
@@ -63,15 +65,15 @@ class Result:
     """The result of one request.
 
     Attributes:
-        answer: the client's answer. Its tensors may lie in a slot, which is free again as soon as
-            nothing uses them.
-        size: bytes of the answer, as if it were sent over a network.
-        writes: what the client wants to store; its tensors lie in the same slot.
+        answer: the client's answer, or the sum of the clients' answers. Its tensors may lie in a
+            slot, which is free again as soon as nothing uses them.
+        size: bytes of the answers, as if they were sent over a network.
+        writes: client and what it wants to store; its tensors lie in the same slot.
     """
 
-    answer: Message
+    answer: Message | Part
     size: int
-    writes: tuple[Write, ...] = ()
+    writes: tuple[tuple[ClientId, Write], ...] = ()
 
 
 @dataclass(eq=False)
@@ -119,15 +121,20 @@ class Pool:
             number: number of workers.
             max_bytes: largest accepted answer, in bytes.
         """
-        self._max_bytes = max_bytes
         self.number = number
         self.workers: list[Worker] = []
-        self._sides = sides
-        self._memories = memories
         self._life: tuple[int, int] | None = None
-        self._requests = Slots(0, 1)
-        self._answers = Slots(0, 1)
+        self._inherited = Inherited(sides, memories, None, 0, max_bytes, Slots(0, 1), Slots(0, 1))
         self._placed: weakref.WeakKeyDictionary[Message, Placed] = weakref.WeakKeyDictionary()
+
+    @property
+    def sums(self) -> tuple[Uplink | None, int]:
+        """How workers add up answers, and the seed of the run."""
+        return self._inherited.uplink, self._inherited.seed
+
+    def prepare(self, uplink: Uplink, seed: int) -> None:
+        """Tells how answers are added up. There must be no workers yet."""
+        self._inherited = replace(self._inherited, uplink=uplink, seed=seed)
 
     def start(self, first: Message) -> None:
         """Forks all workers; they know what the clients have agreed on by now.
@@ -139,9 +146,11 @@ class Pool:
             RunError: if the system has too little shared memory.
         """
         size = sum(tensor.numel() * tensor.element_size() for tensor in first.tensors.values())
-        self._requests = Slots(REQUEST_SLOTS, size + ROOM)
-        answers = ANSWERS_PER_WORKER * self.number
-        self._answers = Slots(answers, ANSWER_FACTOR * size + ROOM)
+        self._inherited = replace(
+            self._inherited,
+            requests=Slots(REQUEST_SLOTS, size + ROOM),
+            answers=Slots(ANSWERS_PER_WORKER * self.number, ANSWER_FACTOR * size + ROOM),
+        )
         self._placed.clear()
         self._life = os.pipe()
         for _ in range(self.number):
@@ -151,15 +160,7 @@ class Pool:
     def _forked(self) -> Worker:
         assert self._life is not None
         ours, theirs = connection.Pipe()
-        arguments = (
-            theirs,
-            self._life,
-            self._sides,
-            self._memories,
-            self._requests,
-            self._answers,
-            self._max_bytes,
-        )
+        arguments = (theirs, self._life, self._inherited)
         process = get_context("fork").Process(target=work, args=arguments, daemon=True)
         with warnings.catch_warnings():
             # Python warns of forks beside threads. The workers use none of this process's locks.
@@ -169,36 +170,21 @@ class Pool:
         theirs.close()
         return Worker(process, ours)
 
-    def give(self, worker: Worker, request: Request, stored: InMemoryState | None) -> bool:
+    def give(self, worker: Worker, request: Request) -> bool:
         """Gives a request to a worker.
-
-        Args:
-            worker: the worker.
-            request: the request.
-            stored: what the client has stored; None: the worker reads it from the disk.
 
         Returns:
             Whether the worker has it now. A worker that is still busy takes small jobs only.
         """
-        message = request.counted.message
-        placed = self._place(message)
-        slot = self._answers.take()
-        job = pickle.dumps(
-            Job(
-                request.client,
-                message.kind,
-                dict(message.header),
-                placed.pieces,
-                placed.slot,
-                slot,
-                stored,
-            )
-        )
+        calls = tuple(self._call(client, counted.message) for client, counted in request.calls)
+        answers = self._inherited.answers
+        slot = answers.take()
+        job = pickle.dumps(Job(calls, request.round, slot))
         # Neither side reads while it writes. If a busy worker is to write a long result while a
         # long job is written to it, both would wait forever.
         if worker.working and (slot is None or len(job) > SHORT):
             if slot is not None:
-                self._answers.give(slot)
+                answers.give(slot)
             return False
         request.answer_in = slot
         worker.working.append(request)
@@ -207,15 +193,25 @@ class Pool:
             worker.pipe.send_bytes(job)
         return True
 
+    def _call(self, client: ClientId, message: Message) -> Call:
+        """Returns a request as a worker gets it."""
+        placed = self._place(message)
+        # A worker reads from the disk by itself.
+        memory = self._inherited.memories[client].target
+        stored = None if isinstance(memory, DiskState) else memory.copied()
+        header = dict(message.header)
+        return Call(client, message.kind, header, placed.pieces, placed.slot, stored)
+
     def _place(self, message: Message) -> Placed:
         """Returns the tensors of a message in shared memory; they are copied there once."""
         placed = self._placed.get(message)
         if placed is None:
-            slot = self._requests.take()
-            (pieces,) = self._requests.write(slot, message.tensors)
+            slots = self._inherited.requests
+            slot = slots.take()
+            (pieces,) = slots.write(slot, message.tensors)
             placed = Placed(slot, pieces)
             if slot is not None:
-                weakref.finalize(placed, self._requests.give, slot).atexit = False
+                weakref.finalize(placed, slots.give, slot).atexit = False
             self._placed[message] = placed
         return placed
 
@@ -246,13 +242,18 @@ class Pool:
         """Returns a result, whose tensors stay where they are."""
         for line in done.log:
             logger(line.logger).log(line.level, "%s", line.text)
-        tensors, *stored = self._answers.read(
+        tensors, *stored = self._inherited.answers.read(
             request.answer_in, done.pieces, *done.stored, give=True
         )
         writes = []
-        for write, values in zip(done.writes, stored, strict=True):
-            writes.append(replace(write, tensors=values))
-        return Result(Message(done.kind, done.header, tensors), done.size, tuple(writes))
+        for (client, write), values in zip(done.writes, stored, strict=True):
+            writes.append((client, replace(write, tensors=values)))
+        answer = done.answer
+        if isinstance(answer, Part):
+            answer = replace(answer, total=replace(answer.total, vectors=tensors))
+        else:
+            answer = replace(answer, tensors=tensors)
+        return Result(answer, done.size, tuple(writes))
 
     def _replace(self, dead: Worker) -> list[Request]:
         """Starts a new worker in the place of a dead one, and returns the requests of that one."""
@@ -272,7 +273,7 @@ class Pool:
         """Returns the requests that an ended worker had; their slots are free again."""
         for request in worker.working:
             if request.answer_in is not None:
-                self._answers.give(request.answer_in)
+                self._inherited.answers.give(request.answer_in)
         return list(worker.working)
 
     def end(self) -> list[Request]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fedpress.core.names import ClientId
 from fedpress.core.threads import torch_threads
-from fedpress.federation import DiskState
 from fedpress.federation.exchange import Answer, RequestId, Traffic, error, failure
+from fedpress.federation.gatherer import Part, part_of
+from fedpress.federation.uplink import Uplink
 from fedpress.transport.actor import Side
 from fedpress.transport.packed import CountedMessages, deliver_answer
 from fedpress.transport.processes.pending import SwitchedState
@@ -71,6 +72,8 @@ class ProcessTransport:
         # Requests for workers that none of them has, in the order in which they were sent.
         self._waiting: list[Request] = []
         self._results: dict[RequestId, Result] = {}
+        # Blocks of clients that are asked one by one, because one of them ends its workers.
+        self._divided: dict[RequestId, list[Request]] = {}
 
     @property
     def traffic(self) -> Traffic:
@@ -91,10 +94,10 @@ class ProcessTransport:
         counted = self._counted.of(message)
         self._traffic += Traffic(down=counted.size)
         self._sent += 1
-        request = Request(self._sent, client, counted)
+        request = Request(self._sent, ((client, counted),))
         self._open[self._sent] = request
         if message.kind in SET_UP:
-            self._wait_again(self._pool.end())
+            self._end_workers()
         if message.kind in WORK:
             self._waiting.append(request)
             self._feed()
@@ -118,26 +121,92 @@ class ProcessTransport:
         first = next((request for request in self._open if request in requests), None)
         if first is None:
             return None
-        if self._open[first].counted.message.kind not in WORK:
-            return self._answer_here(self._open[first])
+        request = self._open[first]
+        if request in self._waiting and self._stays_here(request):
+            self._waiting.remove(request)
+            began = time.monotonic()
+            self._results[first] = self._answered_here(request)
+            self._patience -= time.monotonic() - began
+        elif request.calls[0][1].message.kind not in WORK:
+            self._results[first] = self._answered_here(request)
         end = None if timeout is None else time.monotonic() + timeout
         while first not in self._results:
-            if not self._pool.workers:
-                if self._patience > 0:
-                    return self._answer_here(self._open[first])
-                self._pool.start(self._open[first].counted.message)
-                self._feed()
             left = None if end is None else max(0.0, end - time.monotonic())
-            results, lost = self._pool.wait(left)
-            if not results and not lost:
+            if not self._progress(left):
                 return None
-            for request, result in results:
-                # Nobody wants the result of a request that was cancelled.
-                if request.number in self._open:
-                    self._results[request.number] = result
-            self._wait_again(lost)
-            self._feed()
-        return self._deliver(self._open[first])
+        answer = self._delivered(request)
+        assert isinstance(answer, Message)
+        return request.calls[0][0], first, answer
+
+    def prepare(self, uplink: Uplink, seed: int) -> None:
+        """See `SummingTransport`."""
+        self._end_workers()
+        self._pool.prepare(uplink, seed)
+
+    def parts(
+        self, requests: Sequence[tuple[ClientId, Message]], round: int, size: int
+    ) -> Iterator[Part]:
+        """See `SummingTransport`. Each block of clients is answered by one worker.
+
+        Raises:
+            RunError: if the system has too little shared memory.
+        """
+        blocks = []
+        for first in range(0, len(requests), size):
+            calls = []
+            for client, message in requests[first : first + size]:
+                counted = self._counted.of(message)
+                self._traffic += Traffic(down=counted.size)
+                calls.append((client, counted))
+            self._sent += 1
+            blocks.append(Request(self._sent, tuple(calls), round))
+        self._open |= {block.number: block for block in blocks}
+        self._waiting += blocks
+        self._feed()
+        try:
+            for block in blocks:
+                yield from self._parts_of(block)
+        # Also if the caller stops early.
+        finally:
+            self.cancel([block.number for block in blocks])
+
+    def _parts_of(self, block: Request) -> Iterator[Part]:
+        """Yields the sum over a block; or the sums over its parts, if it had to be divided."""
+        while block.number not in self._results and block.number not in self._divided:
+            if block in self._waiting and self._stays_here(block):
+                self._waiting.remove(block)
+                began = time.monotonic()
+                self._results[block.number] = self._answered_here(block)
+                self._patience -= time.monotonic() - began
+            else:
+                self._progress(None)
+        for piece in self._divided.pop(block.number, ()):
+            yield from self._parts_of(piece)
+        if block.number in self._results:
+            part = self._delivered(block)
+            assert isinstance(part, Part)
+            yield part
+
+    def _stays_here(self, request: Request) -> bool:
+        """Whether this process answers a request; if not, there are workers afterwards."""
+        if self._pool.workers:
+            return False
+        if self._patience > 0:
+            return True
+        self._pool.start(request.calls[0][1].message)
+        self._feed()
+        return False
+
+    def _progress(self, timeout: float | None) -> bool:
+        """Waits for a worker, and gives out more work; returns whether anything has happened."""
+        results, lost = self._pool.wait(timeout)
+        for request, result in results:
+            # Nobody wants the result of a request that was cancelled.
+            if request.number in self._open:
+                self._results[request.number] = result
+        self._wait_again(lost)
+        self._feed()
+        return bool(results or lost)
 
     def cancel(self, requests: Collection[RequestId]) -> None:
         """Forgets `requests`. Those that no worker has yet cost no work."""
@@ -146,6 +215,7 @@ class ProcessTransport:
             self._results.pop(number, None)
             if request in self._waiting:
                 self._waiting.remove(request)
+            self.cancel([piece.number for piece in self._divided.pop(number, ())])
 
     def close(self) -> None:
         """Ends the workers."""
@@ -162,9 +232,7 @@ class ProcessTransport:
                 if not self._waiting or len(worker.working) > depth:
                     continue
                 request = self._longest()
-                memory = self._memories[request.client].target
-                stored = None if isinstance(memory, DiskState) else memory.copied()
-                if self._pool.give(worker, request, stored):
+                if self._pool.give(worker, request):
                     self._waiting.remove(request)
 
     def _longest(self) -> Request:
@@ -174,7 +242,14 @@ class ProcessTransport:
         comes much too early would have to be kept.
         """
         first = self._waiting[: AHEAD * len(self._pool.workers)]
-        return max(first, key=lambda request: self._sides[request.client].num_examples)
+        return max(first, key=self._examples_of)
+
+    def _examples_of(self, request: Request) -> int:
+        return sum(self._sides[client].num_examples for client, _ in request.calls)
+
+    def _end_workers(self) -> None:
+        """Ends the workers; the requests that they had wait again."""
+        self._wait_again(self._pool.end())
 
     def _wait_again(self, lost: Sequence[Request]) -> None:
         """Lets requests wait again whose workers have ended, at the first places."""
@@ -184,45 +259,69 @@ class ProcessTransport:
                 continue
             if request.deaths < LIVES:
                 again.append(request)
-                continue
-            reason = f"{request.deaths} worker processes have ended while it worked"
-            self._results[request.number] = Result(*deliver_answer(error(reason), self._max_bytes))
+            elif len(request.calls) == 1:
+                self._results[request.number] = self._failed(request)
+            # One of the clients ends the workers: each is asked alone.
+            else:
+                pieces = []
+                for call in request.calls:
+                    self._sent += 1
+                    pieces.append(Request(self._sent, (call,), request.round))
+                self._divided[request.number] = pieces
+                self._open |= {piece.number: piece for piece in pieces}
+                again += pieces
         self._waiting = again + self._waiting
 
-    def _answer_here(self, request: Request) -> Answer:
-        """Answers a request in this process, with one thread as in a worker."""
-        began = time.monotonic()
-        del self._open[request.number]
-        side = self._sides[request.client]
-        try:
-            with torch_threads(1):
-                side.recall()
-                answer = side.answer(request.counted.delivered())
-        # A client that fails must not end the run.
-        except Exception as problem:
-            answer = failure(problem)
-        if request in self._waiting:
-            self._waiting.remove(request)
-            self._patience -= time.monotonic() - began
-        return self._answer(request, *deliver_answer(answer, self._max_bytes))
+    def _failed(self, request: Request) -> Result:
+        """Returns the result of a request over which workers have died."""
+        reason = error(f"{request.deaths} worker processes have ended while it worked")
+        answer, size = deliver_answer(reason, self._max_bytes)
+        if request.round is None:
+            return Result(answer, size)
+        return Result(self._part([(request.calls[0][0], answer)], request.round), size)
 
-    def _deliver(self, request: Request) -> Answer:
-        """Writes what the client has stored, and returns its answer."""
+    def _part(self, answers: Iterable[tuple[ClientId, Message]], round: int) -> Part:
+        uplink, seed = self._pool.sums
+        assert uplink is not None
+        return part_of(uplink, answers, seed=seed, round=round)
+
+    def _answered_here(self, request: Request) -> Result:
+        """Answers a request in this process, with one thread as in a worker."""
+        sizes: list[int] = []
+
+        def answers() -> Iterator[tuple[ClientId, Message]]:
+            for client, counted in request.calls:
+                side = self._sides[client]
+                try:
+                    side.recall()
+                    answer = side.answer(counted.delivered())
+                # A client that fails must not end the run.
+                except Exception as problem:
+                    answer = failure(problem)
+                answer, size = deliver_answer(answer, self._max_bytes)
+                sizes.append(size)
+                yield client, answer
+
+        with torch_threads(1):
+            if request.round is None:
+                ((_, answer),) = answers()
+                return Result(answer, sum(sizes))
+            part = self._part(answers(), request.round)
+            return Result(part, sum(sizes))
+
+    def _delivered(self, request: Request) -> Message | Part:
+        """Writes what the clients have stored, and returns the answer."""
         del self._open[request.number]
         result = self._results.pop(request.number)
         answer, size = result.answer, result.size
-        memory = self._sides[request.client].memory
         # Before the answer is used: after a crash a client must still know what it has answered.
         try:
-            for write in result.writes:
+            for client, write in result.writes:
                 # Copied, because storage in memory would keep the slot.
                 own = {name: tensor.clone() for name, tensor in write.tensors.items()}
-                replace(write, tensors=own).store(memory)
+                replace(write, tensors=own).store(self._memories[client])
         # A full disk: the client fails, as it does in the local transport.
         except Exception as problem:
             answer, size = deliver_answer(failure(problem), self._max_bytes)
-        return self._answer(request, answer, size)
-
-    def _answer(self, request: Request, answer: Message, size: int) -> Answer:
         self._traffic += Traffic(up=size)
-        return request.client, request.number, answer
+        return answer

@@ -1,5 +1,6 @@
 """Rounds in worker processes end in the bits, bytes and records of rounds in one process."""
 
+import os
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,8 +11,10 @@ from fedpress.federation import Start
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.federate.binding import bind
+from fedpress.stages.federate.client import ClientSide
 from fedpress.transport.engine import LocalEngine
 from fedpress.transport.processes.engine import ProcessEngine
+from fedpress.transport.processes.transport import ProcessTransport
 
 RECIPE = """
 [data]
@@ -115,3 +118,65 @@ def test_convolutions_and_a_late_start_change_nothing(patience):
             engine.end_stage()
     finally:
         torch.set_num_threads(1)
+
+
+MANY = SMALL
+for old, new in {
+    "num_clients = 5": "num_clients = 40",
+    "_client = 20": "_client = 4",
+    "size = 10": "size = 2",
+}.items():
+    MANY = MANY.replace(old, new)
+WITH_STATE = CODED + 'weights = "examples"\n'
+
+
+@pytest.mark.parametrize("more", ["", WITH_STATE, 'algorithm = { kind = "scaffold" }\n'])
+def test_blocks_of_clients_are_added_up_in_the_workers_to_the_same_bits(
+    more, monkeypatch, tmp_path
+):
+    loaded = recipes.load(MANY + more)
+    expected = finished(loaded, LocalEngine())
+    asked = []
+    parts = ProcessTransport.parts
+
+    def counted(self, requests, round, size):
+        asked.append((len(requests), size))
+        return parts(self, requests, round, size)
+
+    monkeypatch.setattr(ProcessTransport, "parts", counted)
+    for folder, patience in ((None, 0.0), (tmp_path, 0.0), (None, 0.02)):
+        engine = ProcessEngine(2, patience)
+        try:
+            assert_same(expected, finished(loaded, engine, folder))
+        finally:
+            engine.end_stage()
+    assert asked == 9 * [(40, 2)]
+
+
+def test_a_client_that_ends_its_worker_is_left_out_and_its_block_is_used(monkeypatch, caplog):
+    loaded = recipes.load(MANY)
+    here = os.getpid()
+    answer = ClientSide.answer
+
+    def ending(self, message):
+        if self.name == "c3" and message.kind in ("fit", "evaluate"):
+            if os.getpid() != here:
+                os._exit(3)
+            raise RuntimeError("it ends its process")
+        return answer(self, message)
+
+    monkeypatch.setattr(ClientSide, "answer", ending)
+    expected = finished(loaded, LocalEngine())
+    engine = ProcessEngine(2)
+    try:
+        found = finished(loaded, engine)
+    finally:
+        engine.end_stage()
+    for one, other in zip(expected[0], found[0], strict=True):
+        assert torch.equal(one.params, other.params)
+        assert one.clients == other.clients
+        assert list(one.refused) == list(other.refused) == ["c3"]
+        assert "2 worker processes have ended" in other.refused["c3"]
+    assert expected[2] == found[2]
+    assert "c3" not in found[2]
+    assert "exit code 3" in caplog.text
