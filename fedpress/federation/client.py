@@ -35,7 +35,6 @@ from fedpress.federation.vectors import PARAMS, UPDATE, Vectors
 from fedpress.models.norms import freeze_batch_norm_
 from fedpress.privacy.noise.mechanism import clip
 from fedpress.secagg import SecAggClient
-from fedpress.training.device import device_of, seeded
 from fedpress.wire.message import Message, pack, unpack
 
 STATE = "state."

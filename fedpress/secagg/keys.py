@@ -44,7 +44,7 @@ def derive(key: bytes, *items: Item, size: int = 32) -> bytes:
     if size > 255 * 32:
         raise ValueError(f"HKDF gives at most 8160 bytes, not {size}")
     extracted = hmac.digest(bytes(32), key, "sha256")
-    info = _statement(items)
+    info = statement(items)
     block, blocks = b"", b""
     for number in range(1, -(-size // 32) + 1):
         block = hmac.digest(extracted, block + info + bytes([number]), "sha256")
@@ -85,7 +85,7 @@ def identity(secret: bytes) -> bytes:
 
 def sign(secret: bytes, *items: Item) -> bytes:
     """Returns the signature [64] of `items` by the client with this `secret`."""
-    return _signer(secret).sign(_statement(items))
+    return _signer(secret).sign(statement(items))
 
 
 def verify(public: bytes, signature: bytes, *items: Item) -> bool:
@@ -93,7 +93,7 @@ def verify(public: bytes, signature: bytes, *items: Item) -> bool:
 
     Returns False, too, if `public` is not a key or `signature` is not a signature.
     """
-    return _verified(public, signature, _statement(items))
+    return _verified(public, signature, statement(items))
 
 
 # In a simulation every client verifies the signatures of all others, so that each of them is
@@ -178,7 +178,7 @@ def _signer(secret: bytes) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(derive(secret, "identity"))
 
 
-def _statement(items: tuple[Item, ...]) -> bytes:
+def statement(items: tuple[Item, ...]) -> bytes:
     # `repr` distinguishes a text from its bytes, and quotes separate the items. The first item
     # makes signatures of other protocols invalid here.
     return repr(("fedpress secure 1", *items)).encode()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Annotated, Literal
 
@@ -160,25 +159,3 @@ def place_(model: nn.Module, at: torch.device | None = None) -> nn.Module:
         if isinstance(module, nn.Conv2d):
             module.weight.data = module.weight.data.contiguous(memory_format=wanted)
     return model.to(at)
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's global generators inside the block, and restores them afterwards.
-
-    Layers such as dropout draw from them.
-
-    Args:
-        seed: the seed.
-        device: device of the layers that draw.
-    """
-    if device.type != "cpu":
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            yield
-        return
-    # `torch.manual_seed` also notes for other devices where it was called, which takes a
-    # millisecond.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

@@ -59,7 +59,7 @@ _Tables: TypeAlias = "list[ans.FrequencyTable | None]"
 
 
 @dataclass(frozen=True, eq=False)
-class _Piece:
+class ContextPiece:
     """Some values of a pass.
 
     Attributes:
@@ -166,7 +166,7 @@ def decode_contexts(
     for number, offset in enumerate(PASSES):
         of_set = tables[number if fine else 0]
         models = [table and ans.model_of(table) for table in of_set]
-        for piece in _pieces(out, offset, bool(fine)):
+        for piece in pieces_of(out, offset, bool(fine)):
             order, ends = _grouped(piece.contexts, len(of_set))
             folded = np.empty(len(order), out.dtype)
             for context, table in enumerate(of_set):
@@ -253,7 +253,7 @@ def _counted(
     counts = np.zeros((_sets(fine), number * width), np.int64)
     parts: list[list[tuple[Ints, list[int]]]] = [[] for _ in PASSES]
     for at, offset in enumerate(PASSES):
-        for piece in _pieces(values, offset, fine):
+        for piece in pieces_of(values, offset, fine):
             folded = _folded(values, piece)
             keys = piece.contexts.astype(np.intp)
             keys *= width
@@ -265,7 +265,7 @@ def _counted(
     return counts.reshape(-1, number, width), parts
 
 
-def _folded(values: Ints, piece: _Piece) -> Ints:
+def _folded(values: Ints, piece: ContextPiece) -> Ints:
     """Returns the values of a piece, with the opposite sign where `flips` says so."""
     part = values[piece.where]
     # The smallest integer has no opposite; it stays, and so does its escape.
@@ -287,7 +287,7 @@ def _grouped(contexts: NDArray[np.uint8], number: int) -> tuple[NDArray[np.intp]
     return order, [0, *np.cumsum(counts).tolist()]
 
 
-def _pieces(values: Ints, offset: int, fine: bool) -> Iterator[_Piece]:
+def pieces_of(values: Ints, offset: int, fine: bool) -> Iterator[ContextPiece]:
     """Yields the pieces of a pass; reads only values of earlier passes.
 
     A piece is computed when it is asked for, so that `values` may be filled meanwhile.
@@ -303,7 +303,7 @@ def _pieces(values: Ints, offset: int, fine: bool) -> Iterator[_Piece]:
         row *= np.int16(table.shape[1])
         row += np.abs(sign)
         where = slice(offset + start * stride, offset + (end - 1) * stride + 1, stride)
-        yield _Piece(where, table.reshape(-1)[row], sign < 0)
+        yield ContextPiece(where, table.reshape(-1)[row], sign < 0)
 
 
 def _neighbours(known: Ints, start: int, end: int) -> tuple[NDArray[np.int16], NDArray[np.int16]]:

@@ -54,7 +54,7 @@ def shrink(tensor: Tensor, *, pack_floats: bool = False) -> bytes:
     values = _array(tensor)
     if _is_raw(tensor, pack_floats):
         return _raw(values)
-    return _shrink(values, tensor.is_floating_point(), _rows_of(tensor))
+    return smallest_form(values, tensor.is_floating_point(), _rows_of(tensor))
 
 
 def shrunk_size(tensor: Tensor, *, pack_floats: bool = False) -> int:
@@ -156,7 +156,7 @@ class _Plain:
     size: int
 
 
-def _shrink(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> bytes:
+def smallest_form(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> bytes:
     """Packs `values` [n] in the smallest form; see `_choose` for the arguments."""
     if not len(values):
         return b""
@@ -179,7 +179,7 @@ def _choose(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> tuple[
     """
 
     def nested(inner: Ints) -> bytes:
-        return _shrink(inner, False, depth=depth + 1)
+        return smallest_form(inner, False, depth=depth + 1)
 
     # For the bits of floats, the range of the integers is meaningless.
     low, bits = (0, 0) if floats else _range_of(values)
@@ -189,7 +189,7 @@ def _choose(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> tuple[
     best = b""
     if depth < MAX_DEPTH:
         if bits and _ans_pays(values, bits, size):
-            if depth == 0 and rows == 1 and _contexts_pay(values):
+            if depth == 0 and rows == 1 and contexts_pay(values):
                 coded = bytes([CONTEXTS]) + contexts.encode_contexts(values, nested)
             else:
                 coded = bytes([ANS]) + ans.encode_ints(values, rows, nested)
@@ -334,7 +334,7 @@ def _ans_pays(values: Ints, bits: int, size: int) -> bool:
     return ans.coded_bits(_sampled(values)) < 8 * size * 0.98 * SAMPLE / len(values)
 
 
-def _contexts_pay(values: Ints) -> bool:
+def contexts_pay(values: Ints) -> bool:
     """Returns whether a table for each context is likely to take fewer bytes than one a block."""
     sample = values if len(values) <= 2 * SAMPLE else _sampled(values)
     share = len(sample) / len(values)
@@ -374,7 +374,7 @@ def _sparse(values: Ints, floats: bool, nested: Callable[[Ints], bytes]) -> byte
     kept = values[nonzero]
     bitmap = nested(nonzero.view(np.uint8))
     # Nonzero floats are stored raw: they have no zeros, and bits of floats are not entropy coded.
-    inner = _shrink(kept, floats, depth=MAX_DEPTH if floats else 1)
+    inner = smallest_form(kept, floats, depth=MAX_DEPTH if floats else 1)
     return varint(len(kept)) + varint(len(bitmap)) + bitmap + inner
 
 

@@ -22,7 +22,7 @@ def runs_of_signs(size: int, seed: int = 0, dtype=np.int8) -> np.ndarray:
 
 def packed(values: np.ndarray) -> bytes:
     return bytes([CONTEXTS]) + contexts.encode_contexts(
-        values, lambda inner: packing._shrink(inner, False, depth=1)
+        values, lambda inner: packing.smallest_form(inner, False, depth=1)
     )
 
 
@@ -58,7 +58,7 @@ def test_contexts_are_those_of_a_plain_loop(fine):
     values = runs_of_signs(9_001)
     values[::50] = 99
     for offset in contexts.PASSES:
-        pieces = list(contexts._pieces(values, offset, fine))
+        pieces = list(contexts.pieces_of(values, offset, fine))
         found = np.concatenate([piece.contexts for piece in pieces])
         flips = np.concatenate([piece.flips for piece in pieces])
         known = values[:: 2 * offset].tolist()
@@ -72,7 +72,7 @@ def test_pieces_give_the_contexts_of_the_whole(monkeypatch):
     values = runs_of_signs(20_011)
 
     def all_contexts() -> list[int]:
-        pieces = contexts._pieces(values, 1, True)
+        pieces = contexts.pieces_of(values, 1, True)
         return np.concatenate([piece.contexts for piece in pieces]).tolist()
 
     whole = all_contexts()

@@ -124,7 +124,7 @@ def test_coded_values_come_within_a_percent_of_their_entropy():
 def test_classes_of_blocks_save_bits_where_the_activity_or_the_sign_changes(monkeypatch):
     lean = torch.where(torch.rand(N // 200, generator=chance()) < 0.5, -1, 1).repeat_interleave(200)
     signs = (torch.randn(N, generator=chance(2)) * 0.7 + lean).round().to(torch.int8)
-    monkeypatch.setattr(packing, "_contexts_pay", lambda values: False)
+    monkeypatch.setattr(packing, "contexts_pay", lambda values: False)
     apart = [len(shrink(t)) for t in (uneven(), signs)]
     monkeypatch.setattr(
         ans,
