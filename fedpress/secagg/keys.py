@@ -179,6 +179,7 @@ def _signer(secret: bytes) -> Ed25519PrivateKey:
 
 
 def statement(items: tuple[Item, ...]) -> bytes:
+    """Returns the bytes that are signed for these items."""
     # `repr` distinguishes a text from its bytes, and quotes separate the items. The first item
     # makes signatures of other protocols invalid here.
     return repr(("fedpress secure 1", *items)).encode()
