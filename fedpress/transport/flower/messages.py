@@ -54,6 +54,15 @@ REFUSED = b"refused: "
 UPLOAD = 150.0
 """Seconds without a new piece after which an incomplete message counts as lost. The SuperLink ends
 an upload after 180 s without a new piece."""
+PATIENT = 1200.0
+"""Seconds that a message may take to arrive, however little of it has come."""
+SLOWEST = 128 << 10
+"""Bytes a second (about 1 Mbit/s) that a message must have arrived with beyond `PATIENT` seconds.
+
+Without this limit, a client that sends a small piece every minute would hold a round that has no
+deadline for hours: a message of 1 GiB has about 200 pieces. With it a message of n bytes arrives
+within PATIENT + n / SLOWEST seconds, or not at all. Up to 50 MB, a sender that `UPLOAD` lets
+pass is never too slow."""
 
 
 def most_objects(max_bytes: int) -> int:
@@ -65,6 +74,14 @@ def most_objects(max_bytes: int) -> int:
 def too_long(max_bytes: int) -> str:
     """Returns why a message is refused that is longer than `max_bytes`."""
     return f"more than the {max_bytes} bytes that are accepted"
+
+
+def too_slow(size: int, seconds: float) -> str:
+    """Returns why a message is refused of which `size` bytes arrived within `seconds`."""
+    return (
+        f"too slow: {size} bytes of it arrived within {seconds:.0f} s, and after {PATIENT:.0f} s "
+        f"at least {SLOWEST} bytes a second are expected"
+    )
 
 
 def to_record(body: bytes) -> ArrayRecord:
@@ -150,7 +167,7 @@ class Arriving:
         self._contents: dict[str, bytes] = {}
         self._size = 0
         self._lock = threading.Lock()
-        self._latest = time.monotonic()
+        self._began = self._latest = time.monotonic()
 
     def read(self, pull: Callable[[str], bytes]) -> Incoming | None:
         """Fetches the objects that have arrived; returns the parcel if all have, else None.
@@ -159,7 +176,8 @@ class Arriving:
             pull: function that returns an object by its id.
 
         Raises:
-            ValueError: if the message is too long, or is no parcel.
+            ValueError: if the message is too long, arrives more slowly than `SLOWEST`, or is no
+                parcel.
             ObjectPullError: if the message counts as lost, for instance because no object arrived
                 for `UPLOAD` seconds.
         """
@@ -186,6 +204,10 @@ class Arriving:
             if time.monotonic() - self._latest > UPLOAD:
                 reason = f"no piece of it arrived for {UPLOAD:.0f} s"
                 raise ObjectPullError(self.root, reason)
+            took = time.monotonic() - self._began
+            if took > PATIENT + self._size / SLOWEST:
+                # Not lost but refused: if it were sent again, it would be as slow again.
+                raise ValueError(too_slow(self._size, took))
             return None
         try:
             arrays = self._joined()

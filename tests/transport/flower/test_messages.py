@@ -67,6 +67,8 @@ def test_pieces_that_are_late_are_asked_for_again_and_others_are_not():
 def test_an_upload_may_last_as_long_as_its_pieces_keep_coming(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(messages.time, "monotonic", lambda: now[0])
+    # In proportion to the pieces of this test.
+    monkeypatch.setattr(messages, "SLOWEST", 25)
     outgoing, contents, parcel = sent(bytes(at % 251 for at in range(5000)))
     there = []
 
@@ -87,6 +89,52 @@ def test_an_upload_may_last_as_long_as_its_pieces_keep_coming(monkeypatch):
     now[0] += 1.1 * messages.UPLOAD
     with pytest.raises(ObjectPullError, match="no piece of it arrived"):
         stuck.read(pull)
+
+
+def trickled(monkeypatch, outgoing, contents, pause):
+    """Fetches a message of which one more piece arrives every `pause` seconds.
+
+    Returns:
+        The parcel, or the refusal in its place; and the seconds that it took.
+    """
+    now = [0.0]
+    monkeypatch.setattr(messages.time, "monotonic", lambda: now[0])
+    there = []
+
+    def pull(name):
+        if name not in there:
+            raise ObjectUnavailableError(name)
+        return contents[name]
+
+    arriving = Arriving(outgoing.tree, 300_000)
+    for name in contents:
+        try:
+            assert arriving.read(pull) is None
+        except ValueError as refused:
+            return refused, now[0]
+        now[0] += pause
+        there.append(name)
+    return arriving.read(pull).parcel, now[0]
+
+
+def test_an_answer_that_trickles_is_refused_after_twenty_minutes(monkeypatch):
+    outgoing, contents, _ = sent(bytes(at % 251 for at in range(200_000)))
+    assert 60.0 * len(contents) > 3 * 3600.0
+    refused, took = trickled(monkeypatch, outgoing, contents, 60.0)
+    assert "too slow" in str(refused)
+    assert messages.PATIENT < took <= messages.PATIENT + 120.0
+
+
+def test_an_answer_may_take_as_long_as_its_length_needs(monkeypatch):
+    outgoing, contents, parcel = sent(bytes(at % 251 for at in range(200_000)))
+    size = sum(map(len, contents.values()))
+    monkeypatch.setattr(messages, "SLOWEST", 100)
+    pause = size / messages.SLOWEST / len(contents)
+    arrived, took = trickled(monkeypatch, outgoing, contents, pause)
+    assert arrived == parcel
+    assert took > 1.5 * messages.PATIENT
+    refused, _ = trickled(monkeypatch, outgoing, contents, 3 * pause)
+    assert "too slow" in str(refused)
 
 
 def test_a_long_message_is_refused_before_all_of_it_is_fetched():
