@@ -35,6 +35,9 @@ CALLED = {
     "flwr.supercore.heartbeat.HeartbeatSender": ("heartbeat_fn",),
     "flwr.supercore.inflatable.inflatable_object.get_all_nested_objects": ("obj",),
     "flwr.supercore.inflatable.inflatable_object.get_object_body": ("object_content", "cls"),
+    "flwr.supercore.inflatable.inflatable_object.get_object_children_ids_from_object_content": (
+        "object_content",
+    ),
     "flwr.supercore.inflatable.inflatable_object.get_object_tree": ("obj",),
     "flwr.supercore.inflatable.inflatable_object.get_object_type_from_object_content": (
         "object_content",
@@ -70,10 +73,7 @@ CALLED = {
     ),
     "flwr.supercore.primitives.asymmetric.generate_key_pairs": (),
     "flwr.supercore.primitives.asymmetric.public_key_to_bytes": ("public_key",),
-    "flwr.supernode.node_auth_http_interceptor.NodeAuthHttpInterceptor": (
-        "private_key",
-        "public_key",
-    ),
+    "flwr.supercore.primitives.asymmetric.sign_message": ("private_key", "message"),
     "flwr.superlink.cli.flower_superlink": (),
 }
 # Clients of Flower's APIs, with the requests that are sent.

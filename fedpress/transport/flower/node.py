@@ -30,7 +30,6 @@ from flwr.supercore.primitives.asymmetric import (
     public_key_to_bytes,
 )
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedpress.core.log import logger
 from fedpress.errors import NetworkError
@@ -44,6 +43,7 @@ from fedpress.transport.flower.messages import (
     to_records,
     upload,
 )
+from fedpress.transport.flower.signed import SignedRequests
 from fedpress.transport.link import Parcel
 from fedpress.wire.message import MAX_BYTES
 
@@ -81,7 +81,7 @@ class NodeLink:
             FleetHttpClient,
             [
                 RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                NodeAuthHttpInterceptor(private_key, private_key.public_key()),
+                SignedRequests(private_key),
             ],
         )
         self._node = Node()
