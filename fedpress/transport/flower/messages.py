@@ -61,8 +61,8 @@ SLOWEST = 128 << 10
 
 Without this limit, a client that sends a small piece every minute would hold a round that has no
 deadline for hours: a message of 1 GiB has about 200 pieces. With it a message of n bytes arrives
-within PATIENT + n / SLOWEST seconds, or not at all. Up to 50 MB, a sender that `UPLOAD` lets
-pass is never too slow."""
+within PATIENT + n / SLOWEST seconds, or not at all. Up to 50 MB, a sender that needs `UPLOAD`
+seconds for each piece is not too slow."""
 
 
 def most_objects(max_bytes: int) -> int:
