@@ -45,6 +45,10 @@ class LocalTransport:
     If a handler raises, the answer has kind "error": the client is dropped from the round, and the
     run continues. A handler is called only by `receive`, so a request that is cancelled before
     costs no work.
+
+    Attributes:
+        handlers: name of each client -> the function that is called. One that is replaced here is
+            called from the next request on.
     """
 
     def __init__(self, handlers: Mapping[ClientId, Handler], *, max_bytes: int = MAX_BYTES) -> None:
@@ -54,8 +58,8 @@ class LocalTransport:
             handlers: name of each client -> its handler.
             max_bytes: longest accepted answer, in bytes.
         """
-        self.handlers: Mapping[ClientId, Callable[..., Any]] = dict(handlers)
-        self._way: Way = _ByBytes(handlers, max_bytes, PackedMessages())
+        self.handlers: dict[ClientId, Callable[..., Any]] = dict(handlers)
+        self._way: Way = _ByBytes(self.handlers, max_bytes, PackedMessages())
         self._traffic = Traffic()
         self._open: dict[RequestId, tuple[ClientId, Any]] = {}
         self._sent = 0
@@ -75,7 +79,7 @@ class LocalTransport:
         """
         transport = cls({}, max_bytes=max_bytes)
         transport.handlers = dict(answering)
-        transport._way = _ByMessages(answering, max_bytes, CountedMessages())
+        transport._way = _ByMessages(transport.handlers, max_bytes, CountedMessages())
         return transport
 
     @property

@@ -32,6 +32,14 @@ def test_clients_are_listed_in_the_order_given():
     assert LocalTransport({"b": echo, "a": echo}).clients() == ["b", "a"]
 
 
+@pytest.mark.parametrize("make", [LocalTransport, LocalTransport.of_messages])
+def test_a_handler_that_is_replaced_is_called_from_then_on(make):
+    transport = make({"a": echo, "b": echo})
+    transport.handlers["a"] = broken
+    reply = dict(exchange(transport, {"a": Message("m")}))["a"]
+    assert "disk is gone" in str(reply.header)
+
+
 def test_an_answer_waits_until_its_own_request_is_asked_for():
     transport = LocalTransport({"a": echo, "b": echo})
     early = transport.send("a", Message("m", {"n": 1}))
