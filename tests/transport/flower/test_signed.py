@@ -18,6 +18,7 @@ from flwr.supercore.primitives.asymmetric import (
 )
 from flwr.supercore.protobuf.client import ProtobufRequestContext
 
+from fedpress.transport.flower import signed as module
 from fedpress.transport.flower.signed import SignedRequests
 
 
@@ -29,6 +30,8 @@ class Server:
         self.tells = tells
         self.knows = knows
         self.asked = 0
+        # How far the date of the answers is ahead, if that is another clock.
+        self.dated = None
 
     def __call__(self, context):
         self.asked += 1
@@ -41,7 +44,8 @@ class Server:
             key, signed.encode("ascii"), b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER])
         )
         accepted = self.knows and valid and -5 < age < TIMESTAMP_TOLERANCE + 5
-        date = {"date": format_datetime(now, usegmt=True)} if self.tells else {}
+        said = now if self.dated is None else datetime.now(UTC) + self.dated
+        date = {"date": format_datetime(said, usegmt=True)} if self.tells else {}
         return httpx.Response(200 if accepted else 401, headers=date)
 
 
@@ -74,6 +78,49 @@ def test_a_jump_of_the_servers_clock_is_followed_there_and_back(signed, ahead):
         # From now on the first request of each kind is right.
         assert status(signed, server) == 200
         assert server.asked == 3
+
+
+@pytest.mark.parametrize("ahead", [3600.0, -3600.0])
+def test_a_jump_is_followed_where_answers_bear_the_old_date_for_a_second(
+    signed, ahead, monkeypatch
+):
+    server = Server()
+    assert status(signed, server) == 200
+    server.ahead, server.dated = timedelta(seconds=ahead), server.ahead
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        server.dated = None
+
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    assert status(signed, server) == 200
+    assert slept == [module.LATE]
+    assert abs(signed.ahead - server.ahead) < module.SAME
+
+
+def test_a_clock_that_another_thread_has_just_set_is_used(signed, monkeypatch):
+    server = Server()
+    assert status(signed, server) == 200
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    server.ahead = timedelta(hours=1)
+
+    def overtaken(context):
+        answer = server(context)
+        signed.ahead = server.ahead
+        return answer
+
+    assert status(signed, overtaken) == 200
+    assert server.asked == 3
+
+
+def test_a_key_that_is_removed_is_refused_soon(signed, monkeypatch):
+    server = Server()
+    assert status(signed, server) == 200
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    server.knows = False
+    assert status(signed, server) == 401
+    assert server.asked == 3
 
 
 def test_an_unknown_key_is_refused_after_one_request(signed):
