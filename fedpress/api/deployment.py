@@ -99,7 +99,18 @@ def _read(recipe: str, **changed: object) -> tuple[FederatedData, Recipe]:
 
 
 def _table(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:
-    return _read(recipe, source=TABLES[path.suffix], path=path.resolve())
+    where = {"source": TABLES[path.suffix], "path": path.resolve()}
+    settings = begin.load(recipe)[1].data
+    client = settings.client_column
+    # The server does not count it among the features; a client's own table may have it or not.
+    if client is None or client in settings.drop_columns:
+        return _read(recipe, **where)
+    try:
+        return _read(recipe, **where, drop_columns=(*settings.drop_columns, client))
+    except DataError as error:
+        if not error.place.endswith("drop_columns"):
+            raise
+        return _read(recipe, **where)
 
 
 def _folder(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:

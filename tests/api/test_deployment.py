@@ -75,7 +75,8 @@ def table(path, columns=("age", "pressure", "outcome")):
         rows.writeheader()
         for at in range(40):
             outcome = "ill" if at % 2 else "healthy"
-            rows.writerow({"age": 20.5 + at, "pressure": 100.5 + at, "outcome": outcome})
+            row = {"hospital": "north", "age": 20.5 + at, "pressure": 100.5 + at}
+            rows.writerow(row | {"outcome": outcome})
     return path
 
 
@@ -91,6 +92,12 @@ def test_a_table_that_fits_passes_without_the_servers(recipe, tmp_path):
     assert "they fit checked" in said
     # The recipe does not say which columns it needs.
     assert said.endswith("compare these with the server's: age, pressure")
+
+
+def test_the_column_that_names_clients_is_no_feature_of_a_clients_table(recipe, tmp_path):
+    for columns in (("age", "pressure", "outcome"), ("hospital", "age", "pressure", "outcome")):
+        said = check_client(recipe(TABLE), table(tmp_path / "own.csv", columns))
+        assert said.endswith("compare these with the server's: age, pressure")
 
 
 def test_columns_that_the_recipe_names_are_compared(recipe, tmp_path):
