@@ -24,6 +24,7 @@ name = "engines"
 [data]
 source = "digits"
 num_clients = 10
+public_share = 0.1
 validation = 100
 [model]
 {model}
