@@ -236,7 +236,7 @@ class Gatherer:
     def merge(self, part: Part) -> None:
         """Adds the answers of several clients, which come next in the cohort."""
         gathering = cast("PartialSum", self.gathering)
-        gathering.merge(part.total, self.taken)
+        gathering.merge(part.total, self.taken, part.taken)
         self.taken += part.taken
         self.rows += part.rows
         self.refused |= part.refused

@@ -23,6 +23,7 @@ from fedpress.core.random_source import RandomSource
 from fedpress.errors import Argument, DivergedError, RecipeError, TrainingError
 from fedpress.federation.vectors import Vectors
 from fedpress.nn.batch_norm import ONE_VALUE, uses_batch_statistics
+from fedpress.nn.dropout import quick_dropout
 from fedpress.nn.quantized import qparam_ids
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.tasks import Task
@@ -307,7 +308,8 @@ def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
     steps = 0
     for _ in range(settings.epochs):
         for index in shuffled_batches(model, len(work.arrays), settings.batch_size, shuffle):
-            loss = loss_of_batch(model, work, work.arrays.take(index), chance)
+            with quick_dropout(model):
+                loss = loss_of_batch(model, work, work.arrays.take(index), chance)
             optimizer.zero_grad()
             loss.backward()
             unused = [p for p in params if p.grad is None]

@@ -80,8 +80,14 @@ class Gathering(Protocol):
 class PartialSum(Gathering, Protocol):
     """An aggregate to which also the sum over several clients can be added."""
 
-    def merge(self, part: Total, position: int) -> None:
-        """Adds the sum over clients whose first one has this position; they lie in one block."""
+    def merge(self, part: Total, position: int, clients: int) -> None:
+        """Adds the sum over clients of one block.
+
+        Args:
+            part: the sum.
+            position: position of the first one (see `Contribution`).
+            clients: number of these clients, those whose answers were not used among them.
+        """
         ...
 
 

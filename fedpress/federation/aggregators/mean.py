@@ -91,17 +91,19 @@ class RunningSum:
 
     Attributes:
         sums: name of a vector -> sum of weight x vector over the finished blocks.
-        per_block: number of positions in a block; None: there is one block.
+        per_block: number of positions in a block; None: answers are added to `sums` at once.
         weight: sum of the clients' weights so far.
-        block: the sums of the present block; None before the first update.
+        block: the sums of the present block; empty before the first one.
         number: number of the present block.
+        is_open: whether the present block has answers that are not in `sums`.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     per_block: int | None = None
     weight: float = 0.0
-    block: dict[str, Tensor] | None = None
+    block: dict[str, Tensor] = field(default_factory=dict)
     number: int = 0
+    is_open: bool = False
 
     @classmethod
     def of(cls, vector_codecs: Sequence[VectorCodec], per_block: int | None) -> RunningSum:
@@ -109,7 +111,8 @@ class RunningSum:
         sums = {}
         for codec in vector_codecs:
             sums[codec.name] = torch.zeros(codec.size, dtype=torch.float64)
-        return cls(sums, per_block)
+        # The sum of a block of one answer is that answer.
+        return cls(sums, None if per_block == 1 else per_block)
 
     def add(self, contribution: Contribution) -> None:
         """Adds each vector of a client, multiplied by the client's weight."""
@@ -118,9 +121,10 @@ class RunningSum:
             total.add_(contribution.vectors[name], alpha=contribution.weight)
         self.weight += contribution.weight
 
-    def merge(self, part: Total, position: int) -> None:
+    def merge(self, part: Total, position: int, clients: int) -> None:
         """Adds the sums over several clients of one block; see `PartialSum`."""
-        for name, total in self._block_at(position).items():
+        target = self.sums if self._is_whole_block(position, clients) else self._block_at(position)
+        for name, total in target.items():
             total.add_(part.vectors[name])
         self.weight += part.weight
 
@@ -133,16 +137,27 @@ class RunningSum:
         """Returns the sums of the block of this position, after finishing an earlier one."""
         if self.per_block is None:
             return self.sums
-        number = position // self.per_block
-        if number != self.number:
+        if position // self.per_block != self.number:
             self._finish_block()
-            self.number = number
-        if self.block is None:
+            self.number = position // self.per_block
+        if not self.block:
             self.block = {name: torch.zeros_like(total) for name, total in self.sums.items()}
+        self.is_open = True
         return self.block
+
+    def _is_whole_block(self, position: int, clients: int) -> bool:
+        """Whether these clients are a block, whose sum then needs no copy in between."""
+        if self.per_block is None or position % self.per_block or clients != self.per_block:
+            return False
+        self._finish_block()
+        self.number = position // self.per_block
+        return True
 
     def _finish_block(self) -> None:
         """Adds the present block to the total, and empties it."""
-        for name, values in (self.block or {}).items():
+        if not self.is_open:
+            return
+        for name, values in self.block.items():
             self.sums[name].add_(values)
             values.zero_()
+        self.is_open = False

@@ -46,12 +46,14 @@ def test_parts_of_blocks_give_the_bits_of_one_sum(count, per_block, left_out, da
     for first in range(0, count, per_block):
         block = [one for one in made if first <= one.position < first + per_block]
         # A block may be merged as a whole, or one client after another.
-        groups = [block] if data.draw(st.booleans()) else [[one] for one in block]
-        for group in groups:
+        size = min(per_block, count - first)
+        whole_block = data.draw(st.booleans())
+        groups = [(first, size, block)] if whole_block else [(o.position, 1, [o]) for o in block]
+        for position, clients, group in groups:
             part = RunningSum.of(CODECS, None)
             for one in group:
                 part.add(one)
-            joined.merge(part.close(), group[0].position if group else first)
+            joined.merge(part.close(), position, clients)
     expected, found = whole.close(), joined.close()
     assert expected.weight == found.weight == sum(one.weight for one in made)
     for codec in CODECS:
