@@ -435,5 +435,5 @@ def _bound(
     earlier = RunFolder.open(Path(reuse)) if reuse is not None else None
     with torch.random.fork_rng(devices=[]):
         data = held if held is not None else load_data(begun.recipe)
-        check_recipe(begun.recipe, data)
+        check_recipe(begun.recipe, data, sizes=False)
     return Work(begun, data, earlier, engine)

@@ -177,7 +177,7 @@ def _checked(
 
     # Here, because by now all classes are imported that it is about.
     postpone_compiler()
-    found = checks(recipe, data)
+    found = checks(recipe, data, sizes=False)
     with terminal.waiting(out_stream, "checking that everything fits together"):
         next(found)
     if alone and can_check_beside(recipe, device_of(recipe)):

@@ -201,7 +201,7 @@ def _serve(
     # The check asks the clients whether they accept, so they must be connected.
     network.gather()
     with terminal.waiting(out_stream, "checking that everything fits together"):
-        check_recipe(begun.recipe, data, network)
+        check_recipe(begun.recipe, data, network, sizes=False)
     # Created only now, so that no run folder is left behind if the clients do not come.
     folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), exit_stack)
     warn(notes)

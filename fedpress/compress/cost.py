@@ -111,6 +111,13 @@ def macs(model: nn.Module, example: Example) -> int:
 
 
 @torch.no_grad()
+def compute_one(model: nn.Module, example: Example) -> None:
+    """Computes what `macs` counts, for its errors alone: counting loads torch's compiler first."""
+    with _evaluating(model):
+        _run_with_one_or_two(lambda given: call(model, given), example)
+
+
+@torch.no_grad()
 def activations(model: nn.Module, example: Example) -> int:
     """Returns the number of output values of all innermost modules in one forward pass.
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+RUN = 256
+MIN_NORM = 1e-12
 
 
 def is_finite(vector: Tensor) -> bool:
@@ -28,13 +33,27 @@ def is_finite(vector: Tensor) -> bool:
 
 
 def norm(vector: Tensor) -> float:
-    """Returns the L2 norm of a tensor, summed in float64; NaN or infinite if a value is.
+    """Returns the L2 norm of a tensor; NaN or infinite if a value is.
 
-    For float32 and narrower types it is finite exactly if all values are: the largest square,
-    1.2e77, is far below the limits of float64. So whoever needs the norm needs no other check.
+    Rounding errors of the squares stay below 1e-6 of the result: runs of 256 values are summed in
+    the tensor's type, and these sums in float64. For float32 and narrower types the result is
+    finite exactly if all values are, so whoever needs the norm needs no other check.
 
     >>> norm(torch.tensor([3.0, 4.0]))
     5.0
     """
-    # Without a copy in float64, which would take longer than the sum.
-    return float(torch.linalg.vector_norm(vector.detach(), dtype=torch.float64))
+    flat = vector.detach().reshape(-1)
+    whole = len(flat) - len(flat) % RUN
+    if flat.dtype == torch.float32 and whole:
+        parts = torch.linalg.vector_norm(flat[:whole].view(-1, RUN), dim=1)
+        found = math.hypot(float(_norm64(parts)), float(_norm64(flat[whole:])))
+        # A run may overflow, or lose squares below 1e-38, where float64 would not.
+        if MIN_NORM < found < math.inf:
+            return found
+    return float(_norm64(flat))
+
+
+def _norm64(flat: Tensor) -> Tensor:
+    """Returns the norm of [n], of squares in float64: five times slower for long vectors."""
+    found: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float64)
+    return found

@@ -26,6 +26,7 @@ def check_recipe(
     network: Network | None = None,
     *,
     clients_elsewhere: bool = False,
+    sizes: bool = True,
 ) -> list[dict[str, Any]]:
     """Checks every stage in order, and returns what is known about its result before the run.
 
@@ -35,6 +36,8 @@ def check_recipe(
         network: reaches clients on other machines; None: the clients are simulated.
         clients_elsewhere: whether the clients are on other machines and cannot be asked now. Then
             stages that need clients are not checked.
+        sizes: whether the parameters and MACs of the model are counted. Without them the model
+            still computes one example after each stage.
 
     Returns:
         One dictionary for each stage: its kind, its name, the parameters and MACs of the model
@@ -43,7 +46,8 @@ def check_recipe(
     Raises:
         FedpressError: the first error that would stop the run.
     """
-    return list(checks(recipe, data, network, clients_elsewhere=clients_elsewhere))
+    found = checks(recipe, data, network, clients_elsewhere=clients_elsewhere, sizes=sizes)
+    return list(found)
 
 
 def checks(
@@ -52,6 +56,7 @@ def checks(
     network: Network | None = None,
     *,
     clients_elsewhere: bool = False,
+    sizes: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Checks one stage after the other, and yields the dictionary of each (see `check_recipe`).
 
@@ -72,7 +77,11 @@ def checks(
         state = with_parent(state, before, partial(spec_and_model, before) if trained else None)
         # Any stage may train, so from here on the model counts as trained.
         trained = True
-        size = {"parameters": cost.parameters(state.model), "macs": macs_of(state)}
+        size = {}
+        if sizes:
+            size = {"parameters": cost.parameters(state.model), "macs": macs_of(state)}
+        else:
+            cost.compute_one(state.model.to("cpu"), state.example(1))
         yield {"kind": stage.kind, "name": stage.name, **size, **facts}
 
 

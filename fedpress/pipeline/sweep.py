@@ -235,7 +235,7 @@ def _variants(
                 loaded = {key: load_data(recipe)}
             # All stages are checked first, so that a mistake in the last stage does not cost a
             # whole run.
-            check_recipe(recipe, loaded[key])
+            check_recipe(recipe, loaded[key], sizes=False)
             notes = write_environment(folder, command, device=device_of(recipe))
             keys = stage_keys(recipe, folder.streams)
             reuse = _nearest(recipe, keys, earlier)

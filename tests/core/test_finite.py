@@ -52,3 +52,13 @@ def test_shapes_strides_gradients_and_whole_numbers_are_taken():
     assert is_finite(x.T[::2])
     assert is_finite(torch.arange(5))
     assert norm(torch.full((2, 2), 2.0)) == 4.0
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-20, 1e-3, 1.0, 1e15, 1e19, 1e38])
+@pytest.mark.parametrize("size", [4095, 4096, 12_288, 100_001])
+def test_a_long_norm_is_that_in_float64(size, scale):
+    drawn = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    # Values of one sign, and of one large value among small ones, round the least kindly.
+    for x in (drawn, drawn.abs(), torch.full((size,), 0.1), torch.eye(1, size)[0] + 1e-4 * drawn):
+        x = (x * scale).clamp(-3e38, 3e38)
+        assert norm(x) == pytest.approx(float(x.double().norm()), rel=1e-6, abs=0)

@@ -82,6 +82,17 @@ def block_size(cohort: int) -> int:
     return max(1, -(-cohort // BLOCKS))
 
 
+CHUNK = 1 << 16
+"""Number of values that are converted to float64 at a time, so that they stay in the cache."""
+
+
+def _add_scaled_(total: Tensor, vector: Tensor, weight: float) -> None:
+    """Adds weight x vector to `total`, float64 [d]. torch's mixed `add_` takes 1.5 times as long."""
+    wide = torch.empty(min(CHUNK, len(total)), dtype=torch.float64)
+    for part, values in zip(total.split(CHUNK), vector.split(CHUNK), strict=True):
+        part.add_(wide[: len(part)].copy_(values), alpha=weight)
+
+
 @dataclass(eq=False)
 class RunningSum:
     """The weighted sum of each named vector.
@@ -117,8 +128,7 @@ class RunningSum:
     def add(self, contribution: Contribution) -> None:
         """Adds each vector of a client, multiplied by the client's weight."""
         for name, total in self._block_at(contribution.position).items():
-            # In place, and without a copy in float64: torch converts while it adds.
-            total.add_(contribution.vectors[name], alpha=contribution.weight)
+            _add_scaled_(total, contribution.vectors[name], contribution.weight)
         self.weight += contribution.weight
 
     def merge(self, part: Total, position: int, clients: int) -> None:

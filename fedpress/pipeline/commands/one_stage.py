@@ -211,7 +211,7 @@ class OneStage:
                 ),
             )
         with self._naming():
-            check_recipe(self.recipe, data)
+            check_recipe(self.recipe, data, sizes=False)
 
     def execute(self, folder: RunFolder, data: FederatedData) -> Iterator[Event]:
         """Measures the model, then runs the stage.
