@@ -5,8 +5,7 @@ Under privacy the answers contain only values that the privacy plan covers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,21 +17,20 @@ from fedpress.core.canonical import JSON
 from fedpress.core.examples import Arrays
 from fedpress.core.finite import is_finite, norm
 from fedpress.core.names import ClientId
-from fedpress.core.random_source import seed_generators_
 from fedpress.errors import DivergedError, RecipeError, WireError
 from fedpress.federation.agreement import Agreement, Terms
 from fedpress.federation.client_plan import ClientPlan
 from fedpress.federation.client_state import ClientState, InMemoryState, save_json
 from fedpress.federation.counted import LOST_STATE
 from fedpress.federation.downlink import LOST_MODEL, SERVER
-from fedpress.federation.local import LocalWork, Measures, too_large
+from fedpress.federation.local import LocalWork, Measures, Outcome, too_large, training_mode
 from fedpress.federation.private import rehearse_private
 from fedpress.federation.protocol import check_header, need, read_text
 from fedpress.federation.replay import answer_once
 from fedpress.federation.secure_client import answer_secure
+from fedpress.federation.stacked import Training, computed
 from fedpress.federation.uplink import Uplink
 from fedpress.federation.vectors import PARAMS, UPDATE, Vectors
-from fedpress.models.norms import freeze_batch_norm_
 from fedpress.privacy.noise.mechanism import clip
 from fedpress.secagg import SecAggClient
 from fedpress.wire.message import Message, pack, unpack
@@ -114,6 +112,31 @@ class Client:
         if self.member is not None and message.kind in ("join", "roster", "unmask"):
             return self._secure(self.member, message)
         return self._update(message, self._key(message))
+
+    def training(self, message: Message) -> Training:
+        """Returns the training that a "fit" request asks for; nothing is changed.
+
+        It has no state of the algorithm, so the algorithm must not correct gradients.
+
+        Raises:
+            WireError: if the request is damaged or does not fit the agreed terms.
+        """
+        check_header(message.kind, message.header)
+        key = self._key(message)
+        down, _ = self._receive(message, key)
+        work = self._work(down, {}, key)
+        corrects = self.terms.algorithm.corrects_gradients
+        return Training(self.model, work, self.terms.norm, corrects)
+
+    def answer_trained(self, message: Message, outcome: Outcome | DivergedError) -> Message:
+        """Does the same as `answer` for a "fit" request whose training is done.
+
+        Args:
+            message: the request.
+            outcome: result of the training; or why it failed.
+        """
+        local = replace(self.plan.local, source=computed(outcome))
+        return replace(self, plan=replace(self.plan, local=local)).answer(message)
 
     def _update(self, message: Message, key: Key) -> Message:
         """Trains for one round, returns the update, and stores the state for the next round."""
@@ -389,11 +412,8 @@ class Client:
             DivergedError: if a vector is not finite.
         """
         algorithm = self.terms.algorithm
-        params = down[PARAMS]
-        parameters.assign_(self.model, params)
-        extras = {name: vector for name, vector in down.items() if name != PARAMS}
-        stored = {f"{STATE}{name}": vector for name, vector in state.items()}
-        work = LocalWork(self.arrays, key, self.plan.local, params, extras | stored)
+        parameters.assign_(self.model, down[PARAMS])
+        work = self._work(down, state, key)
         with self._at_work(key):
             vectors, after, measured = algorithm.client_update(self.model, work, down, state)
         if not all(is_finite(vector) for vector in vectors.values()):
@@ -404,6 +424,12 @@ class Client:
                 cure=f"lower {settings}",
             )
         return vectors, after, measured
+
+    def _work(self, down: Vectors, state: Vectors, key: Key) -> LocalWork:
+        """Returns the training of a round; see `_fit` for the arguments."""
+        extras = {name: vector for name, vector in down.items() if name != PARAMS}
+        stored = {f"{STATE}{name}": vector for name, vector in state.items()}
+        return LocalWork(self.arrays, key, self.plan.local, down[PARAMS], extras | stored)
 
     def rehearse(self, arrays: Arrays) -> None:
         """Takes one training step on public `arrays` to test the model, then restores the model.
@@ -427,28 +453,12 @@ class Client:
         finally:
             parameters.assign_(self.model, params)
 
-    @contextmanager
-    def _at_work(self, key: Key) -> Iterator[None]:
+    def _at_work(self, key: Key) -> AbstractContextManager[None]:
         """Prepares the model for training inside the block, and restores its buffers afterwards.
 
         Dropout gets a random stream of this client and round.
         """
-        buffers = [b.clone() for b in self.model.buffers()]
-        self.model.train()
-        if self.terms.norm == "frozen":
-            freeze_batch_norm_(self.model)
-        try:
-            # Dropout draws from torch's global generator. This generator is seeded here, so that
-            # every run has the same bits, and is restored afterwards for other code.
-            with torch.random.fork_rng():
-                seed_generators_(key.client_seed("dropout"))
-                yield
-        finally:
-            # A buffer may contain statistics of private examples. Clients may share the model, so
-            # these statistics are removed before the next request comes.
-            with torch.no_grad():
-                for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                    buffer.copy_(before)
+        return training_mode(self.model, norm=self.terms.norm, seed=key.client_seed("dropout"))
 
 
 def _finite(request: Message, name: str, size: int | None = None) -> Tensor:

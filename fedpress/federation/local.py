@@ -6,6 +6,7 @@ Example: FedProx loops over the steps, and adds the gradient of its proximal ter
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -19,9 +20,10 @@ from fedpress.core.canonical import JSON
 from fedpress.core.examples import Arrays
 from fedpress.core.inputs import Inputs, tensors_by_name
 from fedpress.core.parameters import trainable
-from fedpress.core.random_source import RandomSource
+from fedpress.core.random_source import RandomSource, seed_generators_
 from fedpress.errors import Argument, DivergedError, RecipeError, TrainingError
 from fedpress.federation.vectors import Vectors
+from fedpress.models.norms import freeze_batch_norm_
 from fedpress.nn.batch_norm import ONE_VALUE, uses_batch_statistics
 from fedpress.nn.dropout import quick_dropout
 from fedpress.nn.quantized import qparam_ids
@@ -320,8 +322,35 @@ def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
             total = total + loss.detach().cpu().double()
             steps += 1
             if not torch.isfinite(total):
-                raise _diverged(work, index, steps)
+                raise diverged(work, index, steps)
     return Outcome({"loss": float(total) / steps, "steps": steps})
+
+
+@contextmanager
+def training_mode(model: nn.Module, *, norm: str, seed: int) -> Iterator[None]:
+    """Prepares `model` for local training inside the block, and restores its buffers afterwards.
+
+    Args:
+        model: the model.
+        norm: the recipe's key `norm`: with "frozen", statistics of batch norms stay as they are.
+        seed: seed of dropout.
+    """
+    buffers = [b.clone() for b in model.buffers()]
+    model.train()
+    if norm == "frozen":
+        freeze_batch_norm_(model)
+    try:
+        # Dropout draws from torch's global generator. This generator is seeded here, so that every
+        # run has the same bits, and is restored afterwards for other code.
+        with torch.random.fork_rng():
+            seed_generators_(seed)
+            yield
+    finally:
+        # A buffer may contain statistics of private examples. Clients may share the model, so these
+        # statistics are removed before the next request comes.
+        with torch.no_grad():
+            for buffer, before in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
 
 
 def _gradients(params: list[nn.Parameter]) -> list[Tensor]:
@@ -368,8 +397,11 @@ def _forget_(params: list[nn.Parameter]) -> None:
             p.grad = None
 
 
-def _diverged(work: LocalWork, index: Tensor, steps: int) -> DivergedError:
-    """Returns the error for a loss that is not finite; `index` are the last batch's examples."""
+def diverged(work: LocalWork, index: Tensor, steps: int) -> DivergedError:
+    """Returns the error for a loss that is not finite after `steps` steps.
+
+    `index` holds the positions of the last batch's examples.
+    """
     # Checks only the last batch, because checking all examples could take long.
     batch = tensors_by_name(work.arrays.x[index])
     broken = not all(bool(torch.isfinite(part).all()) for part in batch.values())
