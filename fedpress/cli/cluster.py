@@ -18,8 +18,8 @@ PANEL = "Where simulated clients run"
 Engine = Annotated[
     str,
     typer.Option(
-        help="local (this process), processes (worker processes), ray (actors of Ray), or auto "
-        "(workers if that pays back).",
+        help="local (this process), processes (worker processes), stacked (several clients in one "
+        "program), ray (actors of Ray), or auto (workers, on a GPU stacked, if that pays back).",
         rich_help_panel=PANEL,
     ),
 ]
@@ -35,6 +35,14 @@ Workers = Annotated[
     int | None,
     typer.Option(
         help="Number of worker processes; by default one for each core.", rich_help_panel=PANEL
+    ),
+]
+AtOnce = Annotated[
+    int | None,
+    typer.Option(
+        "--at-once",
+        help="Stacked: clients in one program; by default up to 128, fewer of large models.",
+        rich_help_panel=PANEL,
     ),
 ]
 Address = Annotated[
@@ -63,8 +71,9 @@ class Given:
     """Values of the options in this file; None for an option that the user did not give.
 
     Attributes:
-        engine: "auto", "local", "processes" or "ray".
+        engine: "auto", "local", "processes", "stacked" or "ray".
         workers: number of worker processes.
+        at_once: number of clients that the engine "stacked" trains in one program.
         bytes: "computed" or "real"; only for the local engine.
         address: address of a running Ray cluster.
         cpus_per_client: CPUs of each actor (a Ray process in which clients run).
@@ -74,6 +83,7 @@ class Given:
 
     engine: str
     workers: int | None
+    at_once: int | None
     bytes: str | None
     address: str | None
     cpus_per_client: float | None
@@ -92,6 +102,7 @@ class Given:
 
         settings = {
             "workers": self.workers,
+            "at_once": self.at_once,
             "bytes": self.bytes,
             "address": self.address,
             "cpus_per_client": self.cpus_per_client,

@@ -70,6 +70,7 @@ def run(
     list_keys: ListTables = False,
     engine: cluster.Engine = "auto",
     workers: cluster.Workers = None,
+    at_once: cluster.AtOnce = None,
     bytes: cluster.Bytes = None,
     ray_address: cluster.Address = None,
     cpus_per_client: cluster.Cpus = None,
@@ -85,7 +86,7 @@ def run(
         show_keys(words)
         return
     given = cluster.Given(
-        engine, workers, bytes, ray_address, cpus_per_client, gpus_per_client, actors
+        engine, workers, at_once, bytes, ray_address, cpus_per_client, gpus_per_client, actors
     )
     allow_code(code)
     # Nearly everything that can fail is checked in this block, before the run folder is created.

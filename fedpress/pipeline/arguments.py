@@ -62,6 +62,7 @@ ROWS = (
     Row("engine", "--engine"),
     Row("engine.bytes", "--bytes"),
     Row("engine.workers", "--workers"),
+    Row("engine.at_once", "--at-once"),
     Row("engine.address", "--ray-address"),
     Row("engine.cpus_per_client", "--cpus-per-client"),
     Row("engine.gpus_per_client", "--gpus-per-client"),

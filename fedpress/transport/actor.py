@@ -22,8 +22,11 @@ from torch import Tensor
 from fedpress import __version__
 from fedpress.core.names import ClientId
 from fedpress.core.random import STREAMS
+from fedpress.errors import DivergedError
 from fedpress.federation import ClientState, InMemoryState
 from fedpress.federation.exchange import failure
+from fedpress.federation.local import Outcome
+from fedpress.federation.stacked import Training
 from fedpress.wire.message import Message, pack
 
 
@@ -49,6 +52,14 @@ class Side(Protocol):
 
     def handle(self, request: bytes) -> bytes:
         """Returns the bytes of the answer to one message, or raises."""
+        ...
+
+    def training(self, message: Message) -> Training:
+        """Returns the training that a "fit" request asks for, without taking it, or raises."""
+        ...
+
+    def answer_trained(self, message: Message, outcome: Outcome | DivergedError) -> Message:
+        """Does the same as `answer` for a "fit" request whose training has this outcome."""
         ...
 
     def answer(self, message: Message) -> Message:

@@ -1,17 +1,18 @@
 """Engines decide where simulated clients run: in this process, in others, or on a Ray cluster.
 
 The engine is not a key of the recipe (the file that describes a run), because it must not change a
-result: with every engine the clients send the same messages, and as many bytes.
+result: with every engine the clients send the same messages, and as many bytes. Only the engine
+"stacked" adds numbers in another order; the result then says that it was used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedpress.core.names import ClientId
 from fedpress.errors import Argument, RecipeError, SettingError, Words, suggestion
@@ -27,6 +28,7 @@ from fedpress.transport.processes.engine import (
 from fedpress.transport.processes.settings import ProcessSettings
 from fedpress.transport.ray.engine import open_ray
 from fedpress.transport.ray.settings import RaySettings
+from fedpress.transport.stacked import StackedTransport, Trial
 from fedpress.workspace.state import Engine
 
 
@@ -52,6 +54,11 @@ class LocalEngine:
             return LocalTransport({name: side.handle for name, side in clients.items()})
         return LocalTransport.of_messages({name: side.answer for name, side in clients.items()})
 
+    @property
+    def rounding(self) -> str:
+        """None of its own; see `fedpress.workspace.state.Engine`."""
+        return ""
+
 
 class LocalSettings(BaseModel):
     """Settings of the local engine.
@@ -73,6 +80,53 @@ def open_local(settings: LocalSettings) -> Iterator[LocalEngine]:
     yield LocalEngine(real_bytes=settings.bytes == "real")
 
 
+@dataclass(eq=False)
+class StackedEngine:
+    """Trains several clients of a round in one program, in this process.
+
+    Attributes:
+        at_once: largest number of clients in it; None: what fits into the memory of most devices.
+        tries: whether to measure if this is the faster way, and to train alone what it cannot train.
+        latest: transport to the clients of the current stage; None before the first stage.
+    """
+
+    at_once: int | None = None
+    tries: bool = False
+    latest: StackedTransport | None = None
+
+    def connect(
+        self, clients: Mapping[ClientId, Side], build: Callable[..., Any]
+    ) -> StackedTransport:
+        """Returns a transport to `clients`; see `fedpress.workspace.state.Engine`."""
+        trial = Trial() if self.tries else None
+        self.latest = StackedTransport(clients, self.at_once, trial=trial)
+        return self.latest
+
+    @property
+    def rounding(self) -> str:
+        """Its name, once a client of the stage was trained in a stack; see `Engine`."""
+        return "stacked" if self.latest is not None and self.latest.stacked else ""
+
+
+class StackedSettings(BaseModel):
+    """Settings of the engine that trains several clients in one program.
+
+    Attributes:
+        at_once: largest number of clients in it; None: up to 128, fewer of large models.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["stacked"] = "stacked"
+    at_once: int | None = Field(default=None, ge=1)
+
+
+@contextmanager
+def open_stacked(settings: StackedSettings) -> Iterator[StackedEngine]:
+    """Yields the engine; there is nothing to start or to stop."""
+    yield StackedEngine(settings.at_once)
+
+
 class AutoSettings(BaseModel):
     """Settings of the default engine: there are none except its name."""
 
@@ -86,22 +140,37 @@ PATIENCE = 0.5
 about a tenth of it. So a stage never takes much longer than with the better engine."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AutoEngine:
     """Runs clients in this process, and in worker processes if their work takes long.
 
+    On a GPU it trains several in one program, if that is faster.
+
     Attributes:
         processes: starts the workers; None if this system cannot fork, or has one core.
+        latest: the engine of the current stage.
     """
 
     processes: ProcessEngine | None
+    latest: Engine = field(default_factory=LocalEngine)
 
     def connect(self, clients: Mapping[ClientId, Side], build: Callable[..., Any]) -> Transport:
         """Returns a transport to `clients`; see `fedpress.workspace.state.Engine`."""
-        # Processes cannot share a GPU as well as one process can use it.
-        if self.processes is None or device_of(clients).type != "cpu":
-            return LocalEngine().connect(clients, build)
-        return self.processes.connect(clients, build)
+        # On a CPU the bits must not depend on what was faster. On a GPU they are no promise, and
+        # processes cannot share it as well as one process can use it.
+        if device_of(clients).type != "cpu":
+            self.latest = StackedEngine(tries=True)
+        elif self.processes is None:
+            self.latest = LocalEngine()
+        else:
+            self.latest = self.processes
+        transport: Transport = self.latest.connect(clients, build)
+        return transport
+
+    @property
+    def rounding(self) -> str:
+        """That of the engine which it chose; see `fedpress.workspace.state.Engine`."""
+        return self.latest.rounding
 
 
 @contextmanager
@@ -142,6 +211,7 @@ ENGINES = {
     "auto": Row(AutoSettings, open_auto),
     "local": Row(LocalSettings, open_local),
     "processes": Row(ProcessSettings, open_processes),
+    "stacked": Row(StackedSettings, open_stacked),
     "ray": Row(RaySettings, open_ray),
 }
 """Name of an engine -> its row."""
@@ -172,7 +242,7 @@ def engine_settings(engine: str | Mapping[str, Any] = "auto") -> EngineSettings:
     >>> engine_settings("rya")
     Traceback (most recent call last):
         ...
-    fedpress.errors.RecipeError: engine: got 'rya', expected auto, local, processes or ray; did you mean 'ray'?
+    fedpress.errors.RecipeError: engine: got 'rya', expected auto, local, processes, stacked or ray; did you mean 'ray'?
     """
     table = {"kind": engine} if isinstance(engine, str) else dict(engine)
     kind = table.get("kind")

@@ -58,12 +58,17 @@ class Engine(Protocol):
     """Runs the simulated clients of a stage; see `fedpress.transport.engine`."""
 
     def connect(self, clients: Mapping[str, Any], build: Callable[..., Any]) -> Any:
-        """Returns a transport (`fedpress.federation.Transport`) to simulated clients.
+        """Returns a transport (`fedpress.federation.Transport`) to the simulated clients of a stage.
 
         Args:
             clients: name of the client -> object that does the client's part of the stage.
             build: `build(device=...)` makes the inputs that all clients share, in another process.
         """
+        ...
+
+    @property
+    def rounding(self) -> str:
+        """Name of the engine if numbers of the latest stage are rounded in its own way, else ""."""
         ...
 
 
@@ -103,6 +108,13 @@ class State:
     network: Network | None = None
     engine: Engine | None = None
     given: nn.Module | None = None
+
+    @property
+    def rounding(self) -> str:
+        """Name of the engine of simulated clients if it rounds in its own way, else ""."""
+        if self.engine is None or self.network is not None:
+            return ""
+        return self.engine.rounding
 
     def dense_network(self) -> nn.Module:
         """Returns the network before any pruning.

@@ -39,7 +39,10 @@ def test_the_local_engine_is_the_local_transport(engine, kind):
 @pytest.mark.parametrize(
     ("engine", "sentence"),
     [
-        ("rya", r"engine: got 'rya', expected auto, local, processes or ray; did you mean 'ray'\?"),
+        (
+            "rya",
+            r"engine: got 'rya', expected auto, local, processes, stacked or ray; did you mean 'ray'\?",
+        ),
         ({}, r"engine: got None, .* or ray; give engine=\"auto\""),
         ({"kind": "local", "actors": 2}, r"engine.actors: no such setting .* give engine=\"ray\""),
         ({"kind": "local", "bytes": "true"}, r"engine.bytes: got 'true', expected 'computed' or"),

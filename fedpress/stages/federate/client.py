@@ -13,11 +13,12 @@ from fedpress.core.canonical import JSON
 from fedpress.core.examples import Arrays
 from fedpress.core.names import ClientId
 from fedpress.data.population import Population
-from fedpress.errors import FedpressError, RecipeError, WireError
+from fedpress.errors import DivergedError, FedpressError, RecipeError, WireError
 from fedpress.federation import Client, ClientPlan, ClientState
 from fedpress.federation.client_state import load_json
-from fedpress.federation.local import GradientSource
+from fedpress.federation.local import GradientSource, Outcome
 from fedpress.federation.protocol import check_header, read_text
+from fedpress.federation.stacked import Training
 from fedpress.secagg import SecAggClient, identity
 from fedpress.stages.federate.contract import (
     CommonInputs,
@@ -97,12 +98,36 @@ class ClientSide:
             return self._register()
         if message.kind == "agree":
             return self._agree(message)
-        # Until it has agreed, this client only sends public facts.
+        client = self._agreed(message)
+        if message.kind == "evaluate":
+            return self._evaluate(client, message)
+        return client.answer(message)
+
+    def training(self, message: Message) -> Training:
+        """Returns the training that a "fit" request asks for; see `Client.training`.
+
+        Raises:
+            WireError: if the request is invalid, or this client has not agreed.
+        """
+        return self._agreed(message).training(message)
+
+    def answer_trained(self, message: Message, outcome: Outcome | DivergedError) -> Message:
+        """Answers a "fit" request whose training is done; see `Client.answer_trained`.
+
+        Raises:
+            FedpressError: any error of `Client.answer`.
+        """
+        return self._agreed(message).answer_trained(message, outcome)
+
+    def _agreed(self, message: Message) -> Client:
+        """Returns the object that answers in the rounds.
+
+        Raises:
+            WireError: if this client has not agreed. Until then it only sends public facts.
+        """
         if self.client is None:
             raise self._refused(message.kind)
-        if message.kind == "evaluate":
-            return self._evaluate(self.client, message)
-        return self.client.answer(message)
+        return self.client
 
     def _refused(self, question: str) -> WireError:
         """Returns the error for a request that comes before this client has agreed.

@@ -33,7 +33,11 @@ def public_part(record: RoundRecord, server: ServerSide) -> RoundRecord:
 
 
 def round_line(
-    record: RoundRecord, now: Progress, validation: Evaluation | None, server: ServerSide
+    record: RoundRecord,
+    now: Progress,
+    validation: Evaluation | None,
+    server: ServerSide,
+    rounding: str = "",
 ) -> dict[str, Any]:
     """Returns the record of one round as it is stored.
 
@@ -42,6 +46,7 @@ def round_line(
         now: the progress after the round.
         validation: evaluation of the new model; None without a validation set.
         server: the server's side of the stage.
+        rounding: see `fedpress.workspace.state.Engine`.
     """
     failures = {} if record.failures is None else {"failures": asdict(record.failures)}
     return {
@@ -58,7 +63,13 @@ def round_line(
         **failures,
         "seconds": round(record.seconds, 2),
         **_times(record, server),
+        **_engine(rounding),
     }
+
+
+def _engine(rounding: str) -> dict[str, str]:
+    """Returns the name of the engine, if another one would give other bits."""
+    return {"engine": rounding} if rounding else {}
 
 
 def _set_up(now: Progress) -> dict[str, int]:
@@ -87,13 +98,16 @@ def _times(record: RoundRecord, server: ServerSide) -> dict[str, Any]:
     return entries
 
 
-def stage_facts(server: ServerSide, now: Progress, score_before: float | None) -> dict[str, Any]:
+def stage_facts(
+    server: ServerSide, now: Progress, score_before: float | None, rounding: str = ""
+) -> dict[str, Any]:
     """Returns the results of the finished stage, as `result.json` has them.
 
     Args:
         server: the server's side of the stage.
         now: the progress after the last round.
         score_before: the task's metric on the test set before the stage.
+        rounding: see `fedpress.workspace.state.Engine`.
     """
     metric = server.common.task.primary
     spent = _spent(server, now)
@@ -128,6 +142,7 @@ def stage_facts(server: ServerSide, now: Progress, score_before: float | None) -
         "stopped": now.stopped or None,
         "failures": now.failures.facts(server.unit),
         "warning": last_warning(server, now.failures) or None,
+        **_engine(rounding),
     }
 
 

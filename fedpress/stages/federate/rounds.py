@@ -120,7 +120,8 @@ class FederatedRounds:
         failures = self.now.failures.with_round(shown, record.timing.answered, server)
         more = {"ledger": ledger, "closed": closed, "failures": failures}
         self.now = self.now.with_round(shown, validation, server.common.task, **more)
-        return Milestone(round_line(shown, self.now, validation, server), self.now.note)
+        line = round_line(shown, self.now, validation, server, self.source.rounding)
+        return Milestone(line, self.now.note)
 
     def _validate(self) -> Evaluation | None:
         """Evaluates the model on the public validation set; returns None without such a set."""

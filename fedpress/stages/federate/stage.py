@@ -137,7 +137,7 @@ class FederateStage(FederateSettings, Stage):
         work = FederatedRounds(server, state)
         yield from drive(work, folder)
         parameters.assign_(server.model, work.now.params)
-        facts = stage_facts(server, work.now, state.score)
+        facts = stage_facts(server, work.now, state.score, state.rounding)
         # Sparse weights were trained as vectors of their nonzero values; now they get their shapes
         # back.
         model = expand_(server.model)

@@ -54,6 +54,11 @@ class ProcessEngine:
         self.latest = ProcessTransport(clients, self.workers, patience=self.patience)
         return self.latest
 
+    @property
+    def rounding(self) -> str:
+        """None of its own; see `fedpress.workspace.state.Engine`."""
+        return ""
+
     def end_stage(self) -> None:
         """Ends the workers of the current stage."""
         if self.latest is not None:

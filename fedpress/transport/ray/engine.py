@@ -109,6 +109,11 @@ class RayEngine:
             room += fits
         return room
 
+    @property
+    def rounding(self) -> str:
+        """None of its own; see `fedpress.workspace.state.Engine`."""
+        return ""
+
     def end_stage(self) -> None:
         """Ends the actors of the current stage."""
         if self.latest is not None:
