@@ -11,6 +11,7 @@ from fedpress.errors import RecipeError
 from fedpress.models.norms import freeze_batch_norm_
 from fedpress.models.resnet import ResNet
 from fedpress.privacy.per_example import ghost
+from fedpress.privacy.per_example import gradients as gradients_module
 from fedpress.privacy.per_example.gradients import (
     METHODS,
     check_separable,
@@ -271,6 +272,22 @@ def test_a_network_that_mixes_samples_falls_to_the_loop():
     b, _ = clipped_gradient_sum(model, F.cross_entropy, x[1:], y[1:], clip_norm=0.1, method=method)
     assert method != "ghost"
     assert float((a - b).norm()) <= 0.1 * (1 + 1e-5)
+
+
+def test_methods_are_compared_without_tf32_which_is_restored(monkeypatch):
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    seen = []
+
+    def spy(*arguments, **named):
+        seen.append((cudnn.conv.fp32_precision, products.fp32_precision))
+        return clipped_gradient_sum(*arguments, **named)
+
+    monkeypatch.setattr(gradients_module, "clipped_gradient_sum", spy)
+    before = cudnn.allow_tf32, products.allow_tf32, cudnn.conv.fp32_precision
+    assert before[0]
+    choose_method(group_norm_net(), F.cross_entropy, torch.randn(3, 3, 4, 4), torch.zeros(3).long())
+    assert set(seen) == {("ieee", "ieee")}
+    assert (cudnn.allow_tf32, products.allow_tf32, cudnn.conv.fp32_precision) == before
 
 
 def test_choosing_reads_no_private_value_and_changes_nothing():
