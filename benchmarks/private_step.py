@@ -26,6 +26,7 @@ from fedpress.privacy.per_example.sgd import private_steps
 from fedpress.privacy.plan import PrivacyPlan
 
 Row = dict[str, str | float | int]
+CPU = torch.device("cpu")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -40,17 +41,18 @@ def measure(
     batch: int = 64,
     repeats: int = 9,
     autocast: torch.dtype | None = None,
-    method: str = "ghost",
+    method: str | None = "ghost",
     clock: str = "wall",
+    device: torch.device = CPU,
 ) -> Row:
     """Returns the median seconds of both steps at one precision, the median of their ratios and its quartiles."""
     torch.manual_seed(0)
-    x = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
-    y = torch.randint(10, (batch,))
+    x = torch.randn(batch, 3, 32, 32).to(device, memory_format=torch.channels_last)
+    y = torch.randint(10, (batch,)).to(device)
     # sampling_prob 1 keeps the batch at its size, so that both steps see the same images
     plan = PrivacyPlan("sample", clip_norm=1.0, sampling_prob=1.0, noise_multiplier=1.0)
     private = private_steps(
-        network(),
+        network().to(device),
         F.cross_entropy,
         x,
         y,
@@ -61,13 +63,15 @@ def measure(
         method=method,  # type: ignore[arg-type]
         autocast=autocast,
     )
-    plain = plain_steps(network(), x, y, autocast=autocast)
+    plain = plain_steps(network().to(device), x, y, autocast=autocast)
     both = (lambda: next(plain)), (lambda: next(private))
-    pairs = [tuple(seconds(step, CLOCKS[clock]) for step in both) for _ in range(repeats + 2)][2:]
+    pairs = [
+        tuple(seconds(step, CLOCKS[clock], device) for step in both) for _ in range(repeats + 2)
+    ][2:]
     ratios = sorted(b / a for a, b in pairs)
     return {
         "precision": str(autocast or torch.float32).removeprefix("torch."),
-        "method": method,
+        "method": method or "chosen",
         "batch": batch,
         "threads": torch.get_num_threads(),
         "clock": clock,
@@ -86,18 +90,28 @@ def plain_steps(
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     while True:
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
             loss = F.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
         yield loss.detach()
 
 
-def seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
-    """Returns the seconds that `work` takes by `clock`."""
+def seconds(
+    work: Callable[[], object], clock: Callable[[], float], device: torch.device = CPU
+) -> float:
+    """Returns the seconds that `work` takes by `clock`, with what it has queued on the device."""
+    wait_for(device)
     start = clock()
     work()
+    wait_for(device)
     return clock() - start
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until a GPU has computed all that was queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def main() -> None:
