@@ -20,6 +20,7 @@ from fedpress.transport.local import LocalTransport
 from fedpress.transport.processes import settings as settings_module
 from fedpress.transport.processes.engine import ProcessEngine
 from fedpress.transport.processes.transport import ProcessTransport
+from fedpress.transport.stacked import StackedTransport
 from fedpress.wire import Message
 
 
@@ -307,4 +308,4 @@ def test_a_gpu_needs_another_engine():
     clients["a"].common.model = nn.Linear(1, 1, device="meta")
     with pytest.raises(RunError, match=r"compute on the CPU, and the device is meta; give engine="):
         ProcessEngine(2).connect(clients, dict)
-    assert isinstance(AutoEngine(ProcessEngine(2)).connect(clients, dict), LocalTransport)
+    assert isinstance(AutoEngine(ProcessEngine(2)).connect(clients, dict), StackedTransport)
