@@ -165,7 +165,7 @@ class Bench:
     def images(self) -> list[Arrays]:
         """Returns training and test images, in uint8 on the CPU."""
         if not self.read:
-            self.read = _made_up(self.sizes.images) if self.sizes.images else _cifar10(self.data)
+            self.read = _made_up(self.sizes.images) if self.sizes.images else cifar10(self.data)
         return self.read
 
     def network(self) -> nn.Module:
@@ -185,7 +185,8 @@ def _made_up(count: int) -> list[Arrays]:
     return found
 
 
-def _cifar10(folder: Path | None) -> list[Arrays]:
+def cifar10(folder: Path | None) -> list[Arrays]:
+    """Returns training and test images of CIFAR-10."""
     rows = read_cifar10(DataSettings(source="cifar10", path=folder), None)
     assert rows.test is not None
     return [rows.train, rows.test]
@@ -370,7 +371,7 @@ def pack(source: Path, target: Path) -> int:
 
     target.mkdir(parents=True)
     size = 0
-    for name, rows in zip(("train", "test"), _cifar10(source), strict=True):
+    for name, rows in zip(("train", "test"), cifar10(source), strict=True):
         assert isinstance(rows.x, Tensor)
         images = []
         for image in rows.x.permute(0, 2, 3, 1).numpy():

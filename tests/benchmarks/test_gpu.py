@@ -75,14 +75,14 @@ def test_the_networks_of_clients_have_the_sizes_in_their_names(gpu, monkeypatch)
             assert f"{size:,} parameters" in network.name
 
 
-def test_packed_images_are_read_as_cifar10(gpu, monkeypatch, tmp_path):
+def test_packed_images_are_read_ascifar10(gpu, monkeypatch, tmp_path):
     chance = torch.Generator().manual_seed(0)
     # Smooth, as photographs are: noise would not survive any coder.
     rough = torch.rand(20, 3, 4, 4, generator=chance)
     smooth = torch.nn.functional.interpolate(rough, (32, 32), mode="bilinear")
     x = (255 * smooth).to(torch.uint8)
     parts = [Arrays(x[:12], torch.arange(12) % 10), Arrays(x[12:], torch.arange(8))]
-    monkeypatch.setattr(gpu, "_cifar10", lambda folder: parts)
+    monkeypatch.setattr(gpu, "cifar10", lambda folder: parts)
     target = tmp_path / "small"
     assert gpu.pack(tmp_path, target) == sum(file.stat().st_size for file in target.iterdir())
     read = cifar10_parquet.read(cifar10_parquet.find(target), None)

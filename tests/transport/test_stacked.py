@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from fedpress.errors import RunError
-from fedpress.federation import stacked as stacked_module
 from fedpress.federation.exchange import exchange
 from fedpress.pipeline import recipe as recipes
 from fedpress.transport import stacked as transport_module
@@ -125,20 +124,32 @@ def test_a_network_that_torch_cannot_stack_is_trained_alone_on_trial():
     assert torch.equal(found.params, expected.params)
 
 
-@pytest.mark.parametrize("tries", [False, True])
-def test_too_little_memory_is_told_with_a_smaller_stack_as_a_cure(monkeypatch, tries):
-    def none_left(self, rows):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+class Large(nn.Module):
+    """Does not fit into memory for several clients at once."""
 
-    monkeypatch.setattr(stacked_module._Stack, "step_", none_left)
-    federation = Federation()
-    trial = Trial({False: [1.0] * 3, True: []}) if tries else None
-    running = run_rounds(federation, 1, transport=transport_to(federation, trial=trial))
-    if not tries:
-        with pytest.raises(RunError, match=r"memory of the device.* smaller engine.at_once"):
-            next(running)
-    else:
-        assert len(next(running).clients) == 4
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Inside `vmap` torch knows only the size of one client's batch.
+        if torch.func.debug_unwrap(x) is not x:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.inner(x)
+
+
+def test_too_little_memory_is_told_with_a_smaller_stack_as_a_cure():
+    federation = Federation(model=Large())
+    running = run_rounds(federation, 1, transport=transport_to(federation))
+    with pytest.raises(RunError, match=r"memory of the device.* smaller engine.at_once"):
+        next(running)
+
+
+def test_with_too_little_memory_clients_are_trained_alone_on_trial():
+    federation = Federation(model=Large())
+    trial = Trial({False: [1.0] * 3, True: []})
+    (record,) = run_rounds(federation, 1, transport=transport_to(federation, trial=trial))
+    assert len(record.clients) == 4
 
 
 def test_the_faster_way_is_taken_after_three_trials_of_each():
