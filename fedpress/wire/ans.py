@@ -389,7 +389,7 @@ def trimmed_tables(counts: NDArray[np.int64], low: int) -> Iterator[FrequencyTab
     kept = np.where((at >= first) & (at < last), inner, 0)
     escapes = counts.sum(1) - kept.sum(1)
     codes = _codes(np.concatenate([kept, escapes[:, None]], 1))
-    occurs = [bool(row.any()) for row in used]
+    occurs = used.any(1).tolist()
     for number, row in enumerate(codes):
         start = int(first[number, 0])
         end = int(last[number, 0])
@@ -528,7 +528,7 @@ def _decode_part(
 
 
 def _shifted(index: NDArray[np.int32], low: int, dtype: np.dtype) -> Ints:
-    values = index.astype(dtype)
+    values: Ints = index.astype(dtype)
     # Intermediate overflow does no harm; the range of the result was checked by `read_table`.
-    values += np.array(low).astype(dtype)
+    values += dtype.type(low)
     return values

@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedpress.wire import ans
@@ -51,7 +52,12 @@ SIGNS = 6
 """Number of classes of neighbours by sign: from mixed signs to one sign."""
 
 CHUNK = 1 << 17
-"""Number of values for which contexts are computed at a time, to bound memory."""
+"""Number of values of a piece. The stream has a piece's values by context, so this is part of the
+format."""
+
+PART = 1 << 15
+"""Number of values for which contexts are computed at a time. So few stay in the processor's
+cache, which is faster."""
 
 
 _Tables: TypeAlias = "list[ans.FrequencyTable | None]"
@@ -117,17 +123,19 @@ def _encode_piece(
 ) -> None:
     """Encodes a piece, its last context first, and appends its escaped values to `escaped`."""
     folded, ends = sorted_part
+    # constriction needs int32.
+    symbols = folded.astype(np.int32)
     for context in range(len(tables) - 1, -1, -1):
-        part = folded[ends[context] : ends[context + 1]]
         table = tables[context]
         model = models[context]
-        if not len(part) or table is None or model is None:
+        where = slice(ends[context], ends[context + 1])
+        if table is None or model is None or where.start == where.stop:
             continue
-        # constriction needs int32.
-        index = part.astype(np.int32)
+        index = symbols[where]
         index -= table.low
         if table.escape:
             # Compared before the subtraction, which may overflow for values far away.
+            part = folded[where]
             outside = (part < table.low) | (part > table.low + (table.symbols - 1))
             # A table of nothing but the escape has one symbol without weight.
             if table.codes[0] == ans.ABSENT:
@@ -179,7 +187,7 @@ def decode_contexts(
                 folded[ends[context] : ends[context + 1]] = part
             values = np.empty_like(folded)
             values[order] = folded
-            out[piece.where] = np.negative(values, out=values, where=piece.flips)
+            out[piece.where] = _flipped(values, piece.flips)
     if not stream.finished():
         fail(f"{place}.words", "the stream does not end where the values do")
 
@@ -228,7 +236,7 @@ def _tables(counts: NDArray[np.int64]) -> list[_Tables]:
     """Returns the tables [set][context] for `counts` [sets, contexts, symbols]."""
     tables: list[_Tables] = []
     for of_set in counts:
-        made = ans.trimmed_tables(of_set, -LIMIT)
+        made = ans.trimmed_tables(of_set, 1 - of_set.shape[1] // 2)
         occurs = of_set.any(1)
         tables.append([table if occurs[at] else None for at, table in enumerate(made)])
     return tables
@@ -245,19 +253,27 @@ def _counted(
         keep: whether to sort the values; only the encoder needs them.
 
     Returns:
-        How often each symbol occurs, int64 [sets, contexts, symbols]; and for each pass and piece
-        the values by context, and where each context begins among them and the last one ends.
+        How often each symbol occurs, int64 [sets, contexts, symbols], where symbol 0 is the value
+        -`limit` for [..., 2 * `limit` + 2] and the last symbol stands for all values beyond; and
+        for each pass and piece the values by context, and where each context begins among them and
+        the last one ends.
     """
-    width = 2 * LIMIT + 2
+    limit, beyond = _limit(values)
+    width = 2 * limit + 2
     number = _number_of_contexts(fine)
     counts = np.zeros((_sets(fine), number * width), np.int64)
     parts: list[list[tuple[Ints, list[int]]]] = [[] for _ in PASSES]
     for at, offset in enumerate(PASSES):
         for piece in pieces_of(values, offset, fine):
-            folded = _folded(values, piece)
+            folded = _flipped(values[piece.where], piece.flips)
             keys = piece.contexts.astype(np.intp)
             keys *= width
-            keys += _symbols(folded)
+            keys += limit
+            if beyond:
+                inside = (folded >= -limit) & (folded <= limit)
+                keys += np.where(inside, folded, limit + 1)
+            else:
+                keys += folded
             counts[at if fine else 0] += np.bincount(keys, minlength=number * width)
             if keep:
                 order, ends = _grouped(piece.contexts, number)
@@ -265,24 +281,28 @@ def _counted(
     return counts.reshape(-1, number, width), parts
 
 
-def _folded(values: Ints, piece: ContextPiece) -> Ints:
-    """Returns the values of a piece, with the opposite sign where `flips` says so."""
-    part = values[piece.where]
-    # The smallest integer has no opposite; it stays, and so does its escape.
-    return np.where(piece.flips, -part, part)
+def _limit(values: Ints) -> tuple[int, bool]:
+    """Returns the largest size of a value that has a symbol, and whether some are larger."""
+    largest = max(int(values.max()), -int(values.min()))
+    return min(largest, LIMIT), largest > LIMIT
 
 
-def _symbols(folded: Ints) -> NDArray[np.int32]:
-    """Returns value + `LIMIT` for values within it, else the number after the last symbol."""
-    inside = (folded >= -LIMIT) & (folded <= LIMIT)
-    symbols: NDArray[np.int32] = np.where(inside, folded, LIMIT + 1).astype(np.int32)
-    symbols += LIMIT
-    return symbols
+def _flipped(values: Ints, flips: NDArray[np.bool_]) -> Ints:
+    """Returns the values with the opposite sign where `flips` says so.
+
+    The smallest integer has no opposite; it stays, and so does its escape.
+    """
+    # -x is (x ^ -1) + 1. Two passes without branches take a tenth of the time of `np.where`.
+    ones = flips.view(np.int8)
+    flipped: Ints = values ^ -ones
+    flipped += ones
+    return flipped
 
 
 def _grouped(contexts: NDArray[np.uint8], number: int) -> tuple[NDArray[np.intp], list[int]]:
     """Returns the order by context, and where each context begins in it and the last one ends."""
-    order = np.argsort(contexts, kind="stable")
+    # A stable sort has only one result. torch's is nearly twice as fast as numpy's here.
+    order: NDArray[np.intp] = torch.sort(torch.from_numpy(contexts), stable=True)[1].numpy()
     counts = np.bincount(contexts, minlength=number)
     return order, [0, *np.cumsum(counts).tolist()]
 
@@ -295,15 +315,23 @@ def pieces_of(values: Ints, offset: int, fine: bool) -> Iterator[ContextPiece]:
     stride = 2 * offset
     known = values[::stride]
     number = len(range(offset, len(values), stride))
-    table = _context_table(fine)
     for start in range(0, number, CHUNK):
         end = min(start + CHUNK, number)
-        size, sign = _neighbours(known, start, end)
-        row = _size_classes()[size].astype(np.int16)
-        row *= np.int16(table.shape[1])
-        row += np.abs(sign)
+        contexts = np.empty(end - start, np.uint8)
+        flips = np.empty(end - start, np.bool_)
+        for at in range(start, end, PART):
+            stop = min(at + PART, end)
+            size, sign = _neighbours(known, at, stop)
+            part = slice(at - start, stop - start)
+            np.less(sign, 0, out=flips[part])
+            # numpy reads a table fastest at positions of this type.
+            row = size.astype(np.intp)
+            row *= CAP * 8 + 1
+            row += np.abs(sign)
+            # Every row is in the table; "clip" lets numpy write into `out` without a copy.
+            _contexts_of_sums(fine).take(row, out=contexts[part], mode="clip")
         where = slice(offset + start * stride, offset + (end - 1) * stride + 1, stride)
-        yield ContextPiece(where, table.reshape(-1)[row], sign < 0)
+        yield ContextPiece(where, contexts, flips)
 
 
 def _neighbours(known: Ints, start: int, end: int) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
@@ -317,7 +345,8 @@ def _neighbours(known: Ints, start: int, end: int) -> tuple[NDArray[np.int16], N
     low = start - REACH + 1
     inside = known[max(low, 0) : end + REACH]
     at = max(low, 0) - low
-    part[at : at + len(inside)] = np.clip(inside, -CAP, CAP)
+    capped = np.minimum(inside, inside.dtype.type(CAP))
+    part[at : at + len(inside)] = np.maximum(capped, inside.dtype.type(-CAP), out=capped)
     # Sums over 2, 4 and 8 neighbouring values that begin at each value.
     sizes = np.abs(part)
     two = sizes[:-1] + sizes[1:]
@@ -332,6 +361,17 @@ def _neighbours(known: Ints, start: int, end: int) -> tuple[NDArray[np.int16], N
     sign += pair[6 : 6 + number]
     sign += pair[8 : 8 + number]
     return size, sign
+
+
+@cache
+def _contexts_of_sums(fine: bool) -> NDArray[np.uint8]:
+    """Returns the context for each weighted sum of sizes and each |weighted sum of values|.
+
+    It is flat: a row for each sum of sizes. One look-up here takes half the time of two, in a table
+    of classes and in `_context_table`.
+    """
+    contexts: NDArray[np.uint8] = _context_table(fine)[_size_classes()].reshape(-1)
+    return contexts
 
 
 @cache
