@@ -30,16 +30,15 @@ from fedpress.codecs.levels import (
     stratified_positions,
 )
 from fedpress.codecs.rate import (
+    FULL_SIZE,
     MAX_LEVEL,
-    NUM_RUNS,
-    RUN_LENGTH,
     bit_budget,
     find_step,
     rms,
     scaled_step,
 )
 from fedpress.errors import WireError
-from fedpress.wire.packing import estimate_bits
+from fedpress.wire.packing import SizeEstimator, estimate_bits
 
 SIDE_BYTES = 40
 """Approximate bytes of the side tensors, without the content of `scales`."""
@@ -157,11 +156,12 @@ class DitheredQuantizer:
         some_u = _uniform_of(words[at])
         some_exponents = exponents[at // self.block].astype(np.intp) + MAX_EXPONENT
         share = some.size / len(y)
+        estimator = SizeEstimator(self.rows, share)
 
         def bits(root: float) -> float:
             steps = _steps(middle, root * root).astype(np.float32)[some_exponents]
             q = np.rint(some / steps + some_u).astype(np.int32)
-            return estimate_bits(self._to_rows(q, key).reshape(-1), rows=self.rows, share=share)
+            return estimator.bits(self._to_rows(q, key).reshape(-1))
 
         budget = bit_budget(self.rate, self.size, SIDE_BYTES + int(estimate_bits(exponents)) // 8)
         # The search begins at the ratio of noise to variance that a Gaussian has at this rate. It
@@ -232,9 +232,9 @@ class DitheredQuantizer:
             like those of all blocks. Each run begins at a multiple of the number of phases.
         """
         whole = size // self.block
-        if size <= RUN_LENGTH * NUM_RUNS or whole < 2:
+        if size <= FULL_SIZE or whole < 2:
             return np.arange(size)
-        count = max(min(RUN_LENGTH * NUM_RUNS // self.block, whole), 1)
+        count = max(min(FULL_SIZE // self.block, whole), 1)
         blocks = stratified_positions(spread[:whole], count)
         starts = blocks * self.block // self.rows * self.rows
         run = np.arange(self.block // self.rows * self.rows)

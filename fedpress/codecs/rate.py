@@ -27,13 +27,16 @@ from fedpress.codecs.levels import (
     stratified_positions,
 )
 from fedpress.errors import WireError
-from fedpress.wire.packing import estimate_bits
+from fedpress.wire.packing import SizeEstimator
 
-RUN_LENGTH = 1024
+RUN_LENGTH = 512
 """Number of neighbouring values that are sampled together."""
 
 NUM_RUNS = 256
 """Number of such runs of neighbours in the sample from which the packed size is estimated."""
+
+FULL_SIZE = 1 << 18
+"""Up to this size the search for a step sees the whole vector, from there on a sample."""
 
 ROUNDING = 0.48
 """Added to |x| / step before the fraction is dropped. 0.5 would round to nearest. With 0.48 a few
@@ -51,9 +54,6 @@ and the whole vector may take more bits. At low rates it aims 0.6% below."""
 
 TOLERANCE = 0.004
 """The search ends at most this many bits per value below its aim."""
-
-SPARSE_RATE = 0.2
-"""Below this rate few values are nonzero, so a sample alone estimates their number badly."""
 
 
 @dataclass(frozen=True)
@@ -82,26 +82,9 @@ class RateQuantizer:
         # All values are zero, so any step is right.
         if not peak:
             return Encoded(torch.zeros(self.size, dtype=torch.int8), {"levels": torch.ones(1)})
-        # Values are divided by the largest one, so that the search for steps has the same range
-        # for tiny and huge updates.
-        sample = _sample(values) / peak
-        share = sample.size / self.size
-
-        def bits(step: float) -> float:
-            return estimate_bits(to_levels(sample, step, np.int32), share=share)
-
-        target = bit_budget(self.rate, self.size) * share
-        step = find_step(bits, target, 4 * 2.0**-self.rate * rms(sample), sample.size)
+        step, offsets = _step_of(values, peak, self.rate)
         q = to_levels(values, scaled_step(step, peak), smallest_type(1 / step + 1))
-        if self.rate < SPARSE_RATE and share < 1:
-            # The whole vector takes more or fewer bits than the sample predicted. A second search
-            # takes that ratio into account.
-            correction = bits(step) / (estimate_bits(q) * share)
-            step = find_step(bits, target * correction, step, sample.size)
-            q = to_levels(values, scaled_step(step, peak), smallest_type(1 / step + 1))
-        # Decoding to centroids lowers the error, and sending them costs at most 7 floats.
-        levels = level_offsets(sample, step)
-        grid = torch.tensor([scaled_step(step, peak), *levels], dtype=torch.float32)
+        grid = torch.tensor([scaled_step(step, peak), *offsets], dtype=torch.float32)
         return Encoded(torch.from_numpy(q), {"levels": grid})
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
@@ -120,6 +103,32 @@ class RateQuantizer:
         centroids = np.arange(len(offsets) + 1, dtype=np.float64)
         centroids[1:] -= offsets
         return torch.from_numpy(dequantize_levels(q, float(step), centroids))
+
+
+def _step_of(values: Floats, peak: float, rate: float) -> tuple[float, list[float]]:
+    """Returns the step / `peak` at which `values` [n] take `rate` bits each, and its offsets."""
+    # Values are divided by the largest one, so that the search for steps has the same range for
+    # tiny and huge updates.
+    sample = _sample(values) / peak
+    share = sample.size / values.size
+    estimator = SizeEstimator(share=share)
+
+    def levels(step: float) -> Ints:
+        return to_levels(sample, step, smallest_type(1 / step + 1))
+
+    def bits(step: float) -> float:
+        return estimator.bits(levels(step))
+
+    target = bit_budget(rate, values.size) * share
+    step = find_step(bits, target, 4 * 2.0**-rate * rms(sample), sample.size)
+    if share < 1:
+        # The whole vector takes more or fewer bits than the sample predicted. A second search takes
+        # that ratio into account.
+        q = to_levels(values, scaled_step(step, peak), smallest_type(1 / step + 1))
+        target /= estimator.ratio(q, levels(step))
+        step = find_step(bits, target, step, sample.size)
+    # Decoding to centroids lowers the error, and sending them costs at most 7 floats.
+    return step, level_offsets(sample, step)
 
 
 def find_step(
@@ -239,12 +248,12 @@ def level_offsets(sample: Floats, step: float) -> list[float]:
     The n lowest levels have an offset. n is how many of the levels 1 to 7 occur at least 32 times
     in the sample: the mean of fewer values would be noisy.
     """
-    q = np.abs(to_levels(sample, step, np.int32))
     top = 8
-    capped = np.minimum(q, top)
-    counts = np.bincount(capped, minlength=top + 1)
-    offsets = q - np.abs(sample, dtype=np.float64) / step
-    sums = np.bincount(capped, offsets, minlength=top + 1)
+    sizes = np.abs(sample)
+    levels = np.minimum(to_levels(sizes, step, np.int32), top).astype(np.intp)
+    counts = np.bincount(levels, minlength=top + 1)
+    # Each value lies level - size / step below its level.
+    sums = np.arange(top + 1) * counts - np.bincount(levels, sizes, minlength=top + 1) / step
     number = int(np.count_nonzero(counts[1:top] >= 32))
     # The constant avoids 0 / 0 for levels without values, whose means are not used.
     means = sums / (counts + 1e-9)
@@ -290,7 +299,7 @@ def _sample(values: Floats) -> Floats:
     The sample consists of runs of neighbours, because the entropy coder profits from neighbours of
     similar size. Small and large runs are as frequent as in the whole vector.
     """
-    if values.size <= RUN_LENGTH * NUM_RUNS:
+    if values.size <= FULL_SIZE:
         return values
     runs = values[: values.size // RUN_LENGTH * RUN_LENGTH].reshape(-1, RUN_LENGTH)
     magnitudes = np.abs(runs) @ np.ones(RUN_LENGTH, np.float32)

@@ -132,7 +132,15 @@ def encode_ints(values: Ints, rows: int, nested: Callable[[Ints], bytes]) -> byt
     return bytes(body) + words
 
 
-def coded_bits(values: Ints, rows: int = 1, share: float = 1.0) -> float:
+def layout_of(values: Ints, rows: int = 1, share: float = 1.0) -> BlockClasses:
+    """Returns the blocks and classes that `encode_ints` chooses; see `coded_bits`."""
+    window = _window(values)
+    return choose_classes(window.symbols.reshape(rows, -1), window.center, share)
+
+
+def coded_bits(
+    values: Ints, rows: int = 1, share: float = 1.0, layout: BlockClasses | None = None
+) -> float:
     """Estimates the bits that `encode_ints` needs, from classes and tables without coding.
 
     Args:
@@ -140,12 +148,14 @@ def coded_bits(values: Ints, rows: int = 1, share: float = 1.0) -> float:
         rows: as in `encode_ints`.
         share: n / size of the full vector, if `values` are a sample of it. Tables are sent once
             per vector, so only this share of their bits counts.
+        layout: blocks and classes, if they are known.
     """
     if not len(values):
         return 0.0
     window = _window(values)
     matrix = window.symbols.reshape(rows, -1)
-    layout = choose_classes(matrix, window.center, share)
+    if layout is None:
+        layout = choose_classes(matrix, window.center, share)
     # The other fields take about twelve bytes.
     bits = share * 8.0 * 12
     if layout.count > 1:
@@ -192,8 +202,8 @@ def bits_of(counts: NDArray[np.int64], share: float) -> float:
     # A table lists all symbols between the first and the last, or escapes some of them.
     number = used.sum(1)
     length = used.shape[1] - used.argmax(1) - used[:, ::-1].argmax(1)
-    spans = np.where(number > 0, length, 1)
-    tables = np.minimum(spans, ESCAPE_BYTES * number) + 3
+    # One with a single symbol is two bytes long.
+    tables = np.where(number > 1, np.minimum(length, ESCAPE_BYTES * number) + 3, 2 * number)
     return float(bits + share * 8 * tables.sum())
 
 

@@ -17,11 +17,10 @@ from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fedpress.wire import ans
-from fedpress.wire.classes import Ints
+from fedpress.wire.classes import BlockClasses, Ints
 from fedpress.wire.reader import ByteReader, fail, varint
 
 PASSES = (4, 2, 1)
@@ -88,7 +87,7 @@ def encode_contexts(values: Ints, nested: Callable[[Ints], bytes]) -> bytes:
         nested: function that packs the values of pass 0 and the escaped values.
     """
     fine = len(values) >= FINE_SIZE
-    first = nested(np.ascontiguousarray(values[::STRIDE]))
+    first = nested(first_of(values))
     body = bytearray([int(fine)]) + varint(len(first)) + first
     counts, parts = _counted(values, fine)
     tables = _tables(counts)
@@ -192,7 +191,9 @@ def decode_contexts(
         fail(f"{place}.words", "the stream does not end where the values do")
 
 
-def context_bits(values: Ints, share: float = 1.0) -> float:
+def context_bits(
+    values: Ints, share: float = 1.0, first_layout: BlockClasses | None = None
+) -> float:
     """Estimates the bits that `encode_contexts` needs, without coding.
 
     They are infinite for vectors that are not coded this way: short ones, unsigned ones, and those
@@ -201,6 +202,7 @@ def context_bits(values: Ints, share: float = 1.0) -> float:
     Args:
         values: signed integers [n].
         share: n / size of the full vector, if `values` are a sample of it; see `ans.coded_bits`.
+        first_layout: `ans.layout_of` the values of pass 0, if it is known.
     """
     if len(values) < MIN_SIZE * share or values.dtype.kind != "i":
         return math.inf
@@ -208,9 +210,21 @@ def context_bits(values: Ints, share: float = 1.0) -> float:
         return math.inf
     fine = len(values) >= FINE_SIZE * share
     counts, _ = _counted(values, fine, keep=False)
-    bits = ans.coded_bits(np.ascontiguousarray(values[::STRIDE]), share=share)
+    bits = ans.coded_bits(first_of(values), share=share, layout=first_layout)
     bits += float(counts[..., -1].sum()) * 8 * ans.ESCAPE_BYTES
     return bits + ans.bits_of(counts.reshape(-1, counts.shape[-1]), share)
+
+
+def last_bits(values: Ints, share: float = 1.0) -> float:
+    """Estimates the bits of the values of the last pass; see `context_bits`."""
+    counts, _ = _counted(values, len(values) >= FINE_SIZE * share, PASSES[-1:], keep=False)
+    bits = float(counts[..., -1].sum()) * 8 * ans.ESCAPE_BYTES
+    return bits + ans.bits_of(counts.reshape(-1, counts.shape[-1]), share)
+
+
+def first_of(values: Ints) -> Ints:
+    """Returns the values of pass 0."""
+    return np.ascontiguousarray(values[::STRIDE])
 
 
 def _sets(fine: bool) -> int:
@@ -243,13 +257,14 @@ def _tables(counts: NDArray[np.int64]) -> list[_Tables]:
 
 
 def _counted(
-    values: Ints, fine: bool, *, keep: bool = True
+    values: Ints, fine: bool, passes: tuple[int, ...] = PASSES, *, keep: bool = True
 ) -> tuple[NDArray[np.int64], list[list[tuple[Ints, list[int]]]]]:
     """Counts symbols in each context, and sorts values by context.
 
     Args:
         values: [n].
         fine: whether contexts are fine.
+        passes: offsets of the passes.
         keep: whether to sort the values; only the encoder needs them.
 
     Returns:
@@ -262,22 +277,26 @@ def _counted(
     width = 2 * limit + 2
     number = _number_of_contexts(fine)
     counts = np.zeros((_sets(fine), number * width), np.int64)
-    parts: list[list[tuple[Ints, list[int]]]] = [[] for _ in PASSES]
-    for at, offset in enumerate(PASSES):
+    parts: list[list[tuple[Ints, list[int]]]] = [[] for _ in passes]
+    for at, offset in enumerate(passes):
         for piece in pieces_of(values, offset, fine):
             folded = _flipped(values[piece.where], piece.flips)
-            keys = piece.contexts.astype(np.intp)
-            keys *= width
-            keys += limit
             if beyond:
                 inside = (folded >= -limit) & (folded <= limit)
-                keys += np.where(inside, folded, limit + 1)
+                symbols = np.where(inside, folded, limit + 1).astype(np.int32)
             else:
-                keys += folded
-            counts[at if fine else 0] += np.bincount(keys, minlength=number * width)
+                symbols = folded.astype(np.int32)
+            # Symbol and context are combined to one number, so that one pass counts all contexts.
+            keys = piece.contexts.astype(np.int32)
+            keys *= np.int32(width)
+            keys += symbols
+            keys += np.int32(limit)
+            found = np.bincount(keys.astype(np.intp), minlength=number * width)
+            counts[at if fine else 0] += found
             if keep:
-                order, ends = _grouped(piece.contexts, number)
-                parts[at].append((folded[order], ends))
+                order = np.argsort(piece.contexts, kind="stable")
+                sizes = found.reshape(number, width).sum(1)
+                parts[at].append((folded[order], [0, *np.cumsum(sizes).tolist()]))
     return counts.reshape(-1, number, width), parts
 
 
@@ -301,8 +320,7 @@ def _flipped(values: Ints, flips: NDArray[np.bool_]) -> Ints:
 
 def _grouped(contexts: NDArray[np.uint8], number: int) -> tuple[NDArray[np.intp], list[int]]:
     """Returns the order by context, and where each context begins in it and the last one ends."""
-    # A stable sort has only one result. torch's is nearly twice as fast as numpy's here.
-    order: NDArray[np.intp] = torch.sort(torch.from_numpy(contexts), stable=True)[1].numpy()
+    order = np.argsort(contexts, kind="stable")
     counts = np.bincount(contexts, minlength=number)
     return order, [0, *np.cumsum(counts).tolist()]
 
@@ -315,6 +333,7 @@ def pieces_of(values: Ints, offset: int, fine: bool) -> Iterator[ContextPiece]:
     stride = 2 * offset
     known = values[::stride]
     number = len(range(offset, len(values), stride))
+    table = _contexts_of_sums(fine)
     for start in range(0, number, CHUNK):
         end = min(start + CHUNK, number)
         contexts = np.empty(end - start, np.uint8)
@@ -324,12 +343,12 @@ def pieces_of(values: Ints, offset: int, fine: bool) -> Iterator[ContextPiece]:
             size, sign = _neighbours(known, at, stop)
             part = slice(at - start, stop - start)
             np.less(sign, 0, out=flips[part])
-            # numpy reads a table fastest at positions of this type.
-            row = size.astype(np.intp)
-            row *= CAP * 8 + 1
+            row = size.astype(np.int32)
+            row *= np.int32(CAP * 8 + 1)
             row += np.abs(sign)
-            # Every row is in the table; "clip" lets numpy write into `out` without a copy.
-            _contexts_of_sums(fine).take(row, out=contexts[part], mode="clip")
+            # numpy reads a table fastest at positions of type intp. Every row is in the table;
+            # "clip" lets numpy write into `out` without a copy.
+            table.take(row.astype(np.intp), out=contexts[part], mode="clip")
         where = slice(offset + start * stride, offset + (end - 1) * stride + 1, stride)
         yield ContextPiece(where, contexts, flips)
 
