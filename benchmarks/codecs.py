@@ -5,7 +5,7 @@ The error is the squared error over the squared norm. Speeds are megabytes of fl
 thread, median of the repeats; quantizer, packing and message together. The search for the step counts, so rivals that
 try many steps (zstd, NNCodec) look slow; EDEN is plain numpy here. NNCodec runs where it is installed.
 
-    python benchmarks/codecs.py [--size 3300000] [--update FILE] [--repeats 3] [--json]
+    python benchmarks/codecs.py [--size 3300000] [--update FILE] [--rates 0.5 1 2] [--repeats 3] [--json]
     python benchmarks/codecs.py --make-update FILE --data DIR
 
 An update is a flat float32 vector: .npy, .pt or .safetensors. `--make-update` makes one: the pruned ResNet-18 of
@@ -97,10 +97,10 @@ def measured(
     }
 
 
-def rows(x: Tensor, repeats: int) -> Iterator[Row]:
+def rows(x: Tensor, rates: list[float], repeats: int) -> Iterator[Row]:
     """Yields a row for each codec and rate; `wanted` is the rate of its group."""
     size = x.numel()
-    for rate in RATES:
+    for rate in rates:
         for kind, unbiased in (("", False), (" unbiased", True)):
             eden = measured("eden" + kind, x, rival(Eden(rate, unbiased), size), 1)
             quantize = Quantize(rate=min(eden["bits"], rate), unbiased=unbiased)
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--update", type=Path, help="measure this update as well")
     parser.add_argument("--make-update", type=Path, help="make an update, write it there and stop")
     parser.add_argument("--data", type=Path, help="folder that holds cifar10/")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="bits per value")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -200,7 +201,7 @@ def main() -> None:
             print(
                 f"\n{name}\n{'codec':<28}{'bits':>8}{'error':>10}{'goal':>8}{'/ EDEN':>8}{'encode':>8}{'decode':>8}"
             )
-        for row in rows(x, arguments.repeats):
+        for row in rows(x, arguments.rates, arguments.repeats):
             goal = GOALS.get((str(row["codec"]), float(row["wanted"]))) if x is gaussian else None
             show = (
                 partial(json.dumps, {"vector": name, "goal": goal} | row)

@@ -38,8 +38,8 @@ CHUNK = 1 << 16
 ABSENT = 255
 """The code of a symbol that does not occur (see `FrequencyTable.codes`)."""
 
-ESCAPE_BYTES = 5
-"""Estimated size of an escaped value, in bytes."""
+ESCAPE_BYTES = 2
+"""Estimated size of an escaped value, in bytes: most are packed in one or two."""
 
 EIGHTHS = np.array([round(2 ** (30 - i / 8)) for i in range(8)], np.int64)
 """Weights (relative frequencies) of the codes 0 to 7: 2^30 down to 2^(30 - 7/8)."""
@@ -165,8 +165,13 @@ def coded_bits(
     for row in matrix:
         counts = _counts_by_class(row, layout, window.size + 1)
         escapes = int(counts[:, window.size].sum())
-        bits += bits_of(counts, share) + escapes * 8 * ESCAPE_BYTES
+        bits += bits_of(counts, share) + escapes * escape_bits(values)
     return bits
+
+
+def escape_bits(values: Ints) -> int:
+    """Estimates the bits of an escaped value: those of a number between the extremes, or more."""
+    return max(8 * ESCAPE_BYTES, (int(values.max()) - int(values.min())).bit_length() + 1)
 
 
 def _counts_by_class(row: Ints, layout: BlockClasses, width: int) -> NDArray[np.int64]:
@@ -384,22 +389,21 @@ def trimmed_tables(counts: NDArray[np.int64], low: int) -> Iterator[FrequencyTab
     inner = counts[:, :-1]
     size = inner.shape[1]
     at = np.arange(size)
-    used: NDArray[np.bool_] = inner > 0
-    first = used.argmax(1)[:, None]
-    last = size - used[:, ::-1].argmax(1)[:, None]
-    # To begin at a symbol saves a byte for each table entry before it, and costs escapes.
-    before = inner.cumsum(1) - inner
-    never = -ESCAPE_BYTES * int(counts.sum()) - size
-    saved = np.where((at >= first) & (at < last), at - ESCAPE_BYTES * before, never)
-    first = saved.argmax(1)[:, None]
-    after = inner.sum(1)[:, None] - before - inner
-    saved = np.where((at >= first) & (at < last), -at - ESCAPE_BYTES * after, never)
-    last = size - saved[:, ::-1].argmax(1)[:, None]
+    # A table of the symbols from a to b - 1 has b - a entries of one byte, and saves the escapes of
+    # these symbols. So it is best where worth[b] - worth[a] is largest.
+    worth = np.zeros((len(inner), size + 1), np.int64)
+    np.cumsum(inner, axis=1, out=worth[:, 1:])
+    worth *= ESCAPE_BYTES
+    worth -= np.arange(size + 1)
+    gain = worth[:, 1:] - np.minimum.accumulate(worth[:, :-1], axis=1)
+    last = gain.argmax(1)[:, None] + 1
+    most = np.iinfo(np.int64).max
+    first = np.where(at < last, worth[:, :-1], most).argmin(1)[:, None]
 
     kept = np.where((at >= first) & (at < last), inner, 0)
     escapes = counts.sum(1) - kept.sum(1)
     codes = _codes(np.concatenate([kept, escapes[:, None]], 1))
-    occurs = used.any(1).tolist()
+    occurs = inner.sum(1) > 0
     for number, row in enumerate(codes):
         start = int(first[number, 0])
         end = int(last[number, 0])

@@ -211,14 +211,14 @@ def context_bits(
     fine = len(values) >= FINE_SIZE * share
     counts, _ = _counted(values, fine, keep=False)
     bits = ans.coded_bits(first_of(values), share=share, layout=first_layout)
-    bits += float(counts[..., -1].sum()) * 8 * ans.ESCAPE_BYTES
+    bits += float(counts[..., -1].sum()) * ans.escape_bits(values)
     return bits + ans.bits_of(counts.reshape(-1, counts.shape[-1]), share)
 
 
 def last_bits(values: Ints, share: float = 1.0) -> float:
     """Estimates the bits of the values of the last pass; see `context_bits`."""
     counts, _ = _counted(values, len(values) >= FINE_SIZE * share, PASSES[-1:], keep=False)
-    bits = float(counts[..., -1].sum()) * 8 * ans.ESCAPE_BYTES
+    bits = float(counts[..., -1].sum()) * ans.escape_bits(values)
     return bits + ans.bits_of(counts.reshape(-1, counts.shape[-1]), share)
 
 

@@ -56,6 +56,24 @@ def test_the_whole_message_keeps_to_the_rate(rate, unbiased):
         )  # about 80 bytes of frame and header
 
 
+def like_an_update(size: int, seed: int) -> torch.Tensor:
+    """Returns values with few large ones, loud and quiet layers, and neighbours of one sign."""
+    chance = np.random.default_rng(seed)
+    means = np.repeat(chance.standard_normal(-(-size // 9)) ** 3, 9)[:size]
+    layers = np.repeat(np.exp(1.5 * chance.standard_normal(40)), -(-size // 40))[:size]
+    filters = np.repeat(np.exp(chance.standard_normal(-(-size // 700))), 700)[:size]
+    x = (2 * means + 0.5 * chance.standard_normal(size)) * layers * filters
+    return torch.from_numpy(x.astype(np.float32))
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("rate", [0.25, 1.0, 2.0])
+def test_a_large_update_of_which_a_sample_is_searched_keeps_to_the_rate(rate):
+    x = like_an_update(1_000_000, 1)
+    bits = travelled(Quantize(rate=rate), x)[1]
+    assert 0.97 * rate < bits <= 1.01 * rate
+
+
 @pytest.mark.parametrize(
     ("rate", "unbiased", "most"),
     [

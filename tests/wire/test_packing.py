@@ -15,7 +15,17 @@ from hypothesis.extra import numpy as hn
 from fedpress.errors import WireError
 from fedpress.wire import ans, classes, packing
 from fedpress.wire.message import DTYPES, FRAME, MAGIC, VERSION, Message, pack, unpack
-from fedpress.wire.packing import ANS, NBIT, RAW, SPARSE, estimate_bits, expand, shrink, shrunk_size
+from fedpress.wire.packing import (
+    ANS,
+    NBIT,
+    RAW,
+    SPARSE,
+    SizeEstimator,
+    estimate_bits,
+    expand,
+    shrink,
+    shrunk_size,
+)
 from fedpress.wire.reader import ByteReader, varint, zigzag
 
 N = 20_000
@@ -366,3 +376,33 @@ def test_floats_are_raw_unless_the_sender_asks_for_less():
 
 def test_a_raw_size_needs_no_values():
     assert shrunk_size(torch.empty(1 << 20, 1 << 20, device="meta")) == 1 + (4 << 40)
+
+
+def test_a_table_has_the_symbols_that_cost_less_than_their_escapes():
+    chance_ = np.random.default_rng(0)
+    counts = chance_.integers(0, 9, (200, 13)) * (chance_.random((200, 13)) < 0.4)
+    counts[:, -1] = 0
+    for row, table in zip(counts, ans.trimmed_tables(counts, -6), strict=True):
+        if not row.any():
+            continue
+
+        def cost(first: int, last: int, row=row) -> int:
+            inside = int(row[first:last].sum())
+            return last - first + ans.ESCAPE_BYTES * (int(row.sum()) - inside)
+
+        least = min(cost(a, b) for a in range(12) for b in range(a + 1, 13))
+        first = table.low + 6
+        assert cost(first, first + table.symbols) == least
+        assert table.escape == (row[first : first + table.symbols].sum() < row.sum())
+
+
+def test_an_estimator_that_keeps_its_choice_is_near_the_packed_size():
+    loud = np.repeat(np.exp(np.random.default_rng(1).standard_normal(200)), 500)
+    values = np.random.default_rng(0).standard_normal(100_000) * loud
+    signs = np.repeat(np.random.default_rng(2).standard_normal(20_000), 5) * loud
+    for x in (values, values / 2 + signs):
+        estimator = SizeEstimator()
+        for step in (4.0, 3.6, 3.2, 0.5, 0.55, 3.0):
+            levels = np.rint(x / step).astype(np.int16)
+            real = 8 * len(shrink(torch.from_numpy(levels)))
+            assert estimator.bits(levels) == pytest.approx(real, rel=0.025)
