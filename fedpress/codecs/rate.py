@@ -281,7 +281,12 @@ def dequantize_levels(q: Ints, step: float, centroids: NDArray[np.float64]) -> F
     # A table of all 256 levels is faster than computing each value.
     if q.dtype == np.int8:
         table = values(np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float64))
-        return table[q.view(np.uint8)]
+        out = np.empty(q.shape, np.float32)
+        for at in range(0, q.size, CHUNK):
+            # numpy reads a table fastest at positions of type intp.
+            positions = q[at : at + CHUNK].view(np.uint8).astype(np.intp)
+            table.take(positions, out=out[at : at + CHUNK], mode="clip")
+        return out
     out = np.empty(q.shape, np.float32)
     for at in range(0, q.size, CHUNK):
         out[at : at + CHUNK] = values(q[at : at + CHUNK].astype(np.float64))
