@@ -2,6 +2,8 @@
 
     python benchmarks/scale.py --registered 10000 --cohort 1000 --rounds 4
 
+With `--state` each client keeps what its coded update left out, on the disk: 6.5 MB.
+
 All clients take no step at all, so the time of a round is what fedpress adds: the model to the
 client, the update back, checks, norm and sum in float64. The network has as many parameters as
 that of pfl-research's CIFAR-10 benchmark. Memory is the largest resident size of the run's process
@@ -69,6 +71,8 @@ def recipe(args: argparse.Namespace) -> dict[str, object]:
         "scored_clients": 0,
         "weights": "equal",
     }
+    if args.state:
+        stage |= {"uplink": [{"kind": "topk", "density": 0.01}], "error_feedback": True}
     model = {"architecture": "mlp", "arguments": {"in_features": INPUTS, "hidden": [hidden]}}
     return {"name": "scale", "data": {"source": "digits"}, "model": model, "stage": [stage]}
 
@@ -130,6 +134,9 @@ def main() -> None:
     parser.add_argument("--cohort", type=int, default=1_000)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--engine", default="processes")
+    parser.add_argument(
+        "--state", action="store_true", help="clients keep a residual of the model's size"
+    )
     args = parser.parse_args()
 
     GRADIENT_SOURCES["plain"] = without_steps

@@ -231,33 +231,43 @@ def engine_settings(engine: str | Mapping[str, Any] = "auto") -> EngineSettings:
 
     Args:
         engine: name of the engine, or a dictionary with its name ("kind") and settings, such as
-            `{"kind": "ray", "actors": 4}`.
+            `{"kind": "ray", "actors": 4}`. Without a kind it is the engine that has these settings.
 
     Raises:
         RecipeError: if there is no such engine, or a setting is wrong.
         NetworkError: if the engine is "ray" and Ray is not installed.
 
     >>> engine_settings("local")
-    LocalSettings(kind='local')
+    LocalSettings(kind='local', bytes='computed')
+    >>> engine_settings({"bytes": "real"})
+    LocalSettings(kind='local', bytes='real')
     >>> engine_settings("rya")
     Traceback (most recent call last):
         ...
     fedpress.errors.RecipeError: engine: got 'rya', expected auto, local, processes, stacked or ray; did you mean 'ray'?
     """
     table = {"kind": engine} if isinstance(engine, str) else dict(engine)
-    kind = table.get("kind")
+    kind = table.get("kind", _kind_with(table))
     if kind not in ENGINES:
         *first, last = ENGINES
         raise RecipeError(
-            f"got {kind!r}, expected {', '.join(first)} or {last}",
+            f"got {'no kind' if kind is None else repr(kind)}, expected {', '.join(first)} or {last}",
             place="engine",
             cure=suggestion(str(kind), list(ENGINES)) or ("give ", Argument("engine", "auto")),
         )
     try:
-        settings: EngineSettings = ENGINES[kind].settings(**table)  # type: ignore[assignment]
+        settings: EngineSettings = ENGINES[kind].settings(**{**table, "kind": kind})  # type: ignore[assignment]
     except ValidationError as error:
         raise _mistake(error, kind) from error
     return settings
+
+
+def _kind_with(table: Mapping[str, Any]) -> str | None:
+    """Returns the only engine that has all settings in `table`; None if there are none or several."""
+    fitting = [
+        name for name, row in ENGINES.items() if set(table) <= set(row.settings.model_fields)
+    ]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _mistake(error: ValidationError, kind: str) -> RecipeError:

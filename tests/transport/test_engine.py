@@ -43,7 +43,7 @@ def test_the_local_engine_is_the_local_transport(engine, kind):
             "rya",
             r"engine: got 'rya', expected auto, local, processes, stacked or ray; did you mean 'ray'\?",
         ),
-        ({}, r"engine: got None, .* or ray; give engine=\"auto\""),
+        ({}, r"engine: got no kind, .* or ray; give engine=\"auto\""),
         ({"kind": "local", "actors": 2}, r"engine.actors: no such setting .* give engine=\"ray\""),
         ({"kind": "local", "bytes": "true"}, r"engine.bytes: got 'true', expected 'computed' or"),
         ({"kind": "ray", "bytes": "real"}, r"engine.bytes: no such .* give engine=\"local\""),

@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fedpress.errors import Argument, SettingError
 
+GROUP = Path("/sys/fs/cgroup")
+"""Where Linux shows the limits of a container to the processes in it."""
+
 
 def cores() -> int:
-    """Returns the number of cores that this process may use."""
-    # Linux can keep a process to some cores; other systems only know all of them.
+    """Returns the number of cores that this process may use.
+
+    Linux can keep a process to some cores, and a container to a share of their time. Other systems
+    only know all cores.
+    """
+    known = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        known = len(os.sched_getaffinity(0))
+    share = _container_cores()
+    return known if share is None else max(1, min(known, round(share)))
+
+
+def _container_cores() -> float | None:
+    """Returns the processor time of the container, in cores; None if it has no limit."""
+    v1 = (GROUP / "cpu/cpu.cfs_quota_us", GROUP / "cpu/cpu.cfs_period_us")
+    try:
+        # cgroup v2 has one file: quota and period in microseconds, such as "150000 100000".
+        words = (GROUP / "cpu.max").read_text("ascii").split()
+    except OSError:
+        try:
+            words = [path.read_text("ascii").strip() for path in v1]
+        except OSError:
+            return None
+    # Without a limit the quota is "max" in version 2, and -1 in version 1.
+    if len(words) != 2 or not words[0].isdigit() or not int(words[1]):
+        return None
+    return int(words[0]) / int(words[1])
 
 
 class ProcessSettings(BaseModel):
@@ -37,7 +63,7 @@ class ProcessSettings(BaseModel):
         if value is not None and value > cores():
             raise SettingError(
                 f"got {value}, but this process may use {cores()} cores",
-                cure=("give at most ", Argument("engine.workers", str(cores()))),
+                cure=("give at most ", Argument("engine.workers", cores())),
             )
         return value
 
