@@ -161,7 +161,8 @@ class DitheredQuantizer:
 
         def bits(root: float) -> float:
             steps = _steps(middle, root * root).astype(np.float32)[some_exponents]
-            q = np.rint(some / steps + some_u).astype(np.int32)
+            # The values are at most 1, and the dither moves them by at most one level.
+            q = np.rint(some / steps + some_u).astype(smallest_type(1 / steps.min() + 1))
             return estimator.bits(self._to_rows(q, key).reshape(-1))
 
         side = SIDE_BYTES + int(_exponent_bits(exponents)) // 8
@@ -172,6 +173,9 @@ class DitheredQuantizer:
         noise = 1 / (4.0 ** max(self.rate * self.group - 0.25, 0.1) - 1)
         start = math.sqrt(noise * (noise + 1))
         root = find_step(bits, budget * share, start, some.size, 1024.0)
+        if share == 1:
+            estimator.forget()
+            root = find_step(bits, budget, root, some.size, 1024.0)
         return float(np.float32(root * root))
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
@@ -367,10 +371,12 @@ class DitheredQuantizer:
 
 
 def _exponent_bits(exponents: NDArray[np.int8]) -> float:
-    """Estimates the packed bits of all exponents by their frequencies.
+    """Estimates the packed bits of all exponents, of many by their frequencies, which is quicker.
 
     Neighbours are often equal, so their differences may take fewer bits.
     """
+    if len(exponents) < 1 << 12:
+        return estimate_bits(exponents)
     options = []
     for values in (exponents, np.diff(exponents, prepend=np.int8(0))):
         counts = np.bincount(values.astype(np.intp) + 2 * MAX_EXPONENT)

@@ -126,7 +126,9 @@ def _step_of(values: Floats, peak: float, rate: float) -> tuple[float, list[floa
         # that ratio into account.
         q = to_levels(values, scaled_step(step, peak), smallest_type(1 / step + 1))
         target /= estimator.ratio(q, levels(step))
-        step = find_step(bits, target, step, sample.size)
+    else:
+        estimator.forget()
+    step = find_step(bits, target, step, sample.size)
     # Decoding to centroids lowers the error, and sending them costs at most 7 floats.
     return step, level_offsets(sample, step)
 

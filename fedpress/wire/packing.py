@@ -136,6 +136,14 @@ class SizeEstimator:
                 return min(coded, plain)
         return min(self._choose(values), plain)
 
+    def forget(self) -> None:
+        """Lets the next call of `bits` choose again.
+
+        The packer chooses for the levels of the final step. A search that ends near its target with
+        an older choice may miss it by a percent.
+        """
+        self._layout = None
+
     def ratio(self, whole: Ints, sample: Ints) -> float:
         """Returns the bits per value of `whole` over those of `sample`, rounded with one step.
 
