@@ -27,6 +27,7 @@ from fedpress.core.random_source import RandomSource
 from fedpress.errors import DivergedError
 from fedpress.federation.local import (
     GradientSource,
+    LocalSettings,
     LocalWork,
     Outcome,
     Steps,
@@ -261,6 +262,11 @@ class _Stack:
             frozenset(NETWORK + name for name, p in named if id(p) not in no_decay),
         )
 
+    @property
+    def settings(self) -> LocalSettings:
+        """The settings of all trainings."""
+        return self.members[0].work.plan.settings
+
     def groups(self) -> list[list[int]]:
         """Returns the clients that take a step next, in groups of equal batch size."""
         by_size: dict[int, list[int]] = {}
@@ -296,7 +302,7 @@ class _Stack:
         # The gradient of the sum: each loss depends on its client's parameters alone.
         gradients = torch.autograd.grad(losses.sum(), list(params.values()), allow_unused=True)
         with torch.no_grad():
-            unbias = self._unbias(rows, y.device)
+            unbias = [] if self.settings.optimizer == "sgd" else self._unbias(rows, y.device)
             for (name, p), gradient in zip(params.items(), gradients, strict=True):
                 # As torch's optimizers, which leave a parameter without gradient as it is.
                 if gradient is not None:
@@ -319,12 +325,12 @@ class _Stack:
             at: which rows they are.
             unbias: see `_unbias`.
         """
-        work = self.members[0].work
-        settings = work.plan.settings
+        settings = self.settings
+        lr = self.members[0].work.lr
         state = [tensor[at] for tensor in self.state[name]]
         decay = settings.weight_decay if name in self.decays else 0.0
         if decay and settings.optimizer == "adamw":
-            p.mul_(1 - work.lr * decay)
+            p.mul_(1 - lr * decay)
         elif decay:
             gradient = gradient.add(p, alpha=decay)
         if settings.optimizer != "sgd":
@@ -332,7 +338,7 @@ class _Stack:
         elif settings.momentum:
             # From a velocity of 0 this is the gradient itself, as in torch's first step.
             gradient = state[0].mul_(settings.momentum).add_(gradient)
-        p.add_(gradient, alpha=-work.lr)
+        p.add_(gradient, alpha=-lr)
         if isinstance(at, Tensor):
             self.params[name][at] = p
             for whole, part in zip(self.state[name], state, strict=True):
@@ -340,9 +346,8 @@ class _Stack:
 
     def _unbias(self, rows: list[int], device: torch.device) -> list[Tensor]:
         """Returns the divisors [k] of Adam's two means, which start at 0 and are thus too small."""
-        settings = self.members[0].work.plan.settings
         taken = torch.tensor([self.members[row].taken + 1.0 for row in rows], dtype=torch.float64)
-        first, second = [1 - torch.pow(beta, taken) for beta in settings.betas]
+        first, second = [1 - torch.pow(beta, taken) for beta in self.settings.betas]
         both = torch.stack([first, second.sqrt()]).float()
         return list(both.to(device, non_blocking=True))
 

@@ -26,6 +26,7 @@ log = logger(__name__)
 
 MOST = 128
 """Largest number of clients in a stack, unless it is set."""
+NO_MEMORY = "they do not fit into the memory of the device together"
 MOST_VALUES = 1 << 26
 """Largest number of parameters of all clients in a stack. Its training needs about six times their
 memory: parameters before and after, gradients, momentum, updates."""
@@ -141,6 +142,8 @@ class StackedTransport:
         self._at_once = at_once
         self._trial = trial
         self._can_stack = True
+        self._limit = MOST
+        self._tried = 0
         self._max_bytes = max_bytes
         self._traffic = Traffic()
         self._counted = CountedMessages()
@@ -224,27 +227,37 @@ class StackedTransport:
         Raises:
             RunError: if they cannot be trained in one program, and there is no other way.
         """
-        if not self._can_stack or (self._trial is not None and not self._trial.stacks):
+        while self._can_stack and (self._trial is None or self._trial.stacks):
+            problem = self._problem(requests)
+            # A smaller stack may fit into memory.
+            if problem == NO_MEMORY and self._at_once is None and self._tried > 1:
+                self._limit = self._tried // 2
+                log.info("at most %d clients fit into memory together", self._limit)
+                continue
+            if problem and self._trial is None:
+                raise RunError(
+                    f"these clients cannot be trained in one program: {problem}",
+                    place="engine",
+                    cure=(
+                        *("give ", Argument("engine", "local"), ", which trains one after another"),
+                        *(", or a smaller ", Argument("engine.at_once")),
+                    ),
+                )
+            if problem:
+                log.info("clients are trained one after another: %s", problem)
+                self._can_stack = False
             return
-        problem = ""
+
+    def _problem(self, requests: Sequence[Request]) -> str:
+        """Trains clients as one stack; returns why that is not possible, or ""."""
+        # Returned and not raised: an error would keep the tensors of the stack alive.
         try:
             self._train(requests)
         except CannotStackError as reason:
-            problem = str(reason)
+            return str(reason)
         except torch.OutOfMemoryError:
-            problem = "they do not fit into the memory of the device together"
-        if problem and self._trial is None:
-            raise RunError(
-                f"these clients cannot be trained in one program: {problem}",
-                place="engine",
-                cure=(
-                    *("give ", Argument("engine", "local"), ", which trains one after another"),
-                    *(", or a smaller ", Argument("engine.at_once")),
-                ),
-            )
-        if problem:
-            log.info("clients are trained one after another: %s", problem)
-            self._can_stack = False
+            return NO_MEMORY
+        return ""
 
     def _train(self, requests: Sequence[Request]) -> None:
         """Trains clients as one stack, and notes their outcomes.
@@ -265,6 +278,7 @@ class StackedTransport:
         # A client that refuses its request, or is alone in a trial, answers as in other engines.
         if not chosen or (len(chosen) == 1 and self._trial is not None):
             return
+        self._tried = len(chosen)
         outcomes = train_together([training for _, training in chosen])
         examples = sum(len(training.work.arrays) for _, training in chosen)
         stack = Stack(examples, len(chosen), time.monotonic() - began)
@@ -294,7 +308,8 @@ class StackedTransport:
         if self._at_once is not None:
             return self._at_once
         assert training.work.start is not None
-        return max(2, min(MOST, MOST_VALUES // max(1, training.work.start.numel())))
+        fitting = max(2, MOST_VALUES // max(1, training.work.start.numel()))
+        return min(self._limit, fitting)
 
 
 def _fit_together(one: Training, other: Training) -> bool:

@@ -70,7 +70,8 @@ def test_what_cannot_be_stacked_is_told_with_the_way_round(case):
     assert torch.equal(found[0][-1].params, expected[0][-1].params)
 
 
-def test_convolutions_are_stacked_in_groups_of_a_given_size(monkeypatch):
+def sizes_of_stacks(monkeypatch) -> list[int]:
+    """Returns a list to which the size of each stack is added."""
     sizes = []
     together = transport_module.train_together
     monkeypatch.setattr(
@@ -78,6 +79,11 @@ def test_convolutions_are_stacked_in_groups_of_a_given_size(monkeypatch):
         "train_together",
         lambda trainings: sizes.append(len(trainings)) or together(trainings),
     )
+    return sizes
+
+
+def test_convolutions_are_stacked_in_groups_of_a_given_size(monkeypatch):
+    sizes = sizes_of_stacks(monkeypatch)
     loaded = recipes.load(CONVOLUTIONS)
     expected = finished(loaded, LocalEngine())[0][-1].params
     found = finished(loaded, StackedEngine(at_once=2))[0][-1].params
@@ -125,24 +131,36 @@ def test_a_network_that_torch_cannot_stack_is_trained_alone_on_trial():
 
 
 class Large(nn.Module):
-    """Does not fit into memory for several clients at once."""
+    """Does not fit into memory for several clients at once, or never, after some attempts."""
 
-    def __init__(self) -> None:
+    def __init__(self, attempts: int = 100) -> None:
         super().__init__()
+        self.attempts = attempts
+        self.asked = 0
         self.inner = nn.Linear(6, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.asked += 1
         # Inside `vmap` torch knows only the size of one client's batch.
-        if torch.func.debug_unwrap(x) is not x:
+        if torch.func.debug_unwrap(x) is not x and self.asked <= self.attempts:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return self.inner(x)
 
 
 def test_too_little_memory_is_told_with_a_smaller_stack_as_a_cure():
     federation = Federation(model=Large())
-    running = run_rounds(federation, 1, transport=transport_to(federation))
-    with pytest.raises(RunError, match=r"memory of the device.* smaller engine.at_once"):
-        next(running)
+    for more in ({}, {"at_once": 4}):
+        running = run_rounds(federation, 1, transport=transport_to(federation, **more))
+        with pytest.raises(RunError, match=r"memory of the device.* smaller engine.at_once"):
+            next(running)
+
+
+def test_with_too_little_memory_fewer_clients_are_trained_together(monkeypatch):
+    sizes = sizes_of_stacks(monkeypatch)
+    federation = Federation(model=Large(attempts=1))
+    (record,) = run_rounds(federation, 1, transport=transport_to(federation))
+    assert sizes == [4, 2, 2]
+    assert len(record.clients) == 4
 
 
 def test_with_too_little_memory_clients_are_trained_alone_on_trial():
