@@ -387,7 +387,7 @@ def pack(source: Path, target: Path) -> int:
             if name == "train":
                 Image.fromarray(image).save(written, "WEBP", quality=QUALITY, method=6)
             else:
-                Image.fromarray(image).save(written, "WEBP", lossless=True)
+                Image.fromarray(image).save(written, "WEBP", lossless=True, quality=100, method=6)
             images.append({"bytes": written.getvalue(), "path": None})
         file = target / f"{name}-00000-of-00001.parquet"
         kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

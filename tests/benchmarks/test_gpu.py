@@ -75,7 +75,7 @@ def test_the_networks_of_clients_have_the_sizes_in_their_names(gpu, monkeypatch)
             assert f"{size:,} parameters" in network.name
 
 
-def test_packed_images_are_read_ascifar10(gpu, monkeypatch, tmp_path):
+def test_packed_images_are_read_as_cifar10(gpu, monkeypatch, tmp_path):
     chance = torch.Generator().manual_seed(0)
     # Smooth, as photographs are: noise would not survive any coder.
     rough = torch.rand(20, 3, 4, 4, generator=chance)
