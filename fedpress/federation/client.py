@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -220,7 +221,8 @@ class Client:
             sent = [vectors[codec.name] for codec in uplink.vector_codecs]
             # The noise on the failure counts is drawn from a stream with this name. The same noise
             # must never be added to two different answers: their difference would reveal both.
-            hidden = random.fingerprint(down[PARAMS], *sent, self.arrays.x, self.arrays.y)
+            shown = (down[PARAMS], *sent, self.arrays.x, self.arrays.y)
+            hidden = partial(random.fingerprint, *shown)
             header |= trust.failures(measured, plan, key, hidden)
         return header
 

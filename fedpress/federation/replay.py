@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
 from fedpress.core import random
 from fedpress.errors import WireError
 from fedpress.federation.agreement import Terms
@@ -36,9 +42,7 @@ def answer_once(message: Message, round: int, terms: Terms, memory: ClientState)
             place="fit.round",
             cure="stop here",
         )
-    # Sorted, so that the fingerprint does not depend on the order of the fields.
-    tensors = [message.tensors[name] for name in sorted(message.tensors)]
-    asked = random.fingerprint(sorted(message.header.items()), *tensors)[:FINGERPRINT_DIGITS]
+    asked = _asked.fingerprint(message)[:FINGERPRINT_DIGITS]
     answered = load_json(memory, "answered")
     known = answered.get(str(round))
     if known is not None and known != asked:
@@ -61,3 +65,32 @@ def answer_once(message: Message, round: int, terms: Terms, memory: ClientState)
     # Stored before the answer is computed: after a crash the request must count as answered,
     # because the answer may have been sent.
     save_json(memory, "answered", {**answered, str(round): asked})
+
+
+@dataclass(eq=False)
+class _Latest:
+    """The fingerprint of the latest request of this process.
+
+    In a simulation many clients get the same tensors in a row, and hashing a large model takes a
+    while. A tensor is the same only if it is the same object, since nobody changes a message.
+    """
+
+    header: str = ""
+    tensors: Sequence[weakref.ref[Tensor]] = ()
+    value: str = ""
+
+    def fingerprint(self, message: Message) -> str:
+        """Returns the digest of header and tensors; it does not depend on their order."""
+        items = sorted(message.header.items())
+        tensors = [message.tensors[name] for name in sorted(message.tensors)]
+        # As text, in which 1 and True differ.
+        header = repr((items, sorted(message.tensors)))
+        same = header == self.header and len(tensors) == len(self.tensors)
+        if same and all(ref() is tensor for ref, tensor in zip(self.tensors, tensors, strict=True)):
+            return self.value
+        self.value = random.fingerprint(items, *tensors)
+        self.header, self.tensors = header, [weakref.ref(tensor) for tensor in tensors]
+        return self.value
+
+
+_asked = _Latest()

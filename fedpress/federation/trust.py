@@ -14,7 +14,7 @@ or all examples of one client ("client").
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -265,7 +265,7 @@ class Trust:
         ) from problem
 
     def failures(
-        self, measured: Mapping[str, JSON], plan: PrivacyPlan, key: Key, hidden: str
+        self, measured: Mapping[str, JSON], plan: PrivacyPlan, key: Key, hidden: Callable[[], str]
     ) -> dict[str, JSON]:
         """Returns the header field with the counts of failed examples (or clients), under privacy.
 
@@ -276,14 +276,15 @@ class Trust:
             measured: measures of the local update, with the counts.
             plan: plan of the noise.
             key: key of this client in this round.
-            hidden: fingerprint of the data that the noise hides. Other data must get other noise:
-                the difference of two answers with equal noise would have none.
+            hidden: returns the fingerprint of the data that the noise hides. Other data must get
+                other noise: the difference of two answers with equal noise would have none. Called
+                only if noise is added here, since hashing a large model takes a while.
         """
         tally = Tally.of(measured)
         if self.noise == "server":
             return {"failures": tally.to_json()} if tally.total else {}
         steps = self.noised_counts(plan)
-        return {"failures": tally.noised(plan, key, steps=steps, hidden=hidden).to_json()}
+        return {"failures": tally.noised(plan, key, steps=steps, hidden=hidden()).to_json()}
 
     # Rules for the server in a round.
 

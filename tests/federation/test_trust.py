@@ -62,9 +62,9 @@ def test_a_failure_is_raised_kept_quiet_about_or_counted(trust):
 def test_counts_of_failures_have_noise_unless_the_server_adds_it(trust):
     if trust.unit is None:
         return  # nothing is counted
-    said = trust.failures({"failed": 2}, SAMPLE_PLAN, key(), "hidden").get("failures")
+    said = trust.failures({"failed": 2}, SAMPLE_PLAN, key(), lambda: "hidden").get("failures")
     assert (said == [0.0, 2.0]) is (trust.noise == "server")
-    none = trust.failures({}, SAMPLE_PLAN, key(), "hidden")
+    none = trust.failures({}, SAMPLE_PLAN, key(), lambda: "hidden")
     assert bool(none) is (trust.noise != "server")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 import torch
+from torch import Tensor
 
 from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
@@ -143,9 +144,16 @@ class Inherited:
         writes: list[tuple[ClientId, Write]] = []
         sizes: list[int] = []
 
+        # Clients that get the same message share its tensors: what is computed of them, such as a
+        # fingerprint, may then be remembered.
+        read: dict[int, dict[str, Tensor]] = {}
+
         def answers() -> Iterator[tuple[ClientId, Message]]:
             for call in job.calls:
-                answer, size, wanted = self.answered(call, direct=job.round is not None)
+                if id(call.pieces) not in read:
+                    (read[id(call.pieces)],) = self.requests.read(call.slot, call.pieces)
+                tensors = read[id(call.pieces)]
+                answer, size, wanted = self.answered(call, tensors, direct=job.round is not None)
                 sizes.append(size)
                 writes.extend((call.client, write) for write in wanted)
                 yield call.client, answer
@@ -165,11 +173,14 @@ class Inherited:
         noted = tuple((client, replace(write, tensors={})) for client, write in writes)
         return Done(bare, sum(sizes), first, noted, tuple(further), log.taken())
 
-    def answered(self, call: Call, *, direct: bool) -> tuple[Message, int, list[Write]]:
+    def answered(
+        self, call: Call, given: dict[str, Tensor], *, direct: bool
+    ) -> tuple[Message, int, list[Write]]:
         """Answers one request.
 
         Args:
             call: the request.
+            given: its tensors.
             direct: whether the client may write to the disk at once, since its answer is used in
                 any case.
 
@@ -184,8 +195,7 @@ class Inherited:
             memory.target = pending
         try:
             side.recall()
-            (tensors,) = self.requests.read(call.slot, call.pieces)
-            answer = side.answer(Message(call.kind, call.header, tensors))
+            answer = side.answer(Message(call.kind, call.header, given))
         # Sent as an answer: a client that fails must not end the run.
         except Exception as problem:
             answer = failure(problem)
