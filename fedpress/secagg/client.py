@@ -130,8 +130,9 @@ class SecAggClient:
         words = self._checked_words(values)
         public = self._public_round(round, cohort, len(values))
         me = public.names.index(self.name)
-        # A digest instead of the values, because the saved state must not contain private data.
-        question = digest_all([b"values", public.context, values.detach().contiguous().numpy()])
+        # A digest instead of the values, because the saved state must not contain private data. The
+        # words are as narrow as the sum allows, and within the bound no two values share one.
+        question = digest_all([b"words", public.context, words])
         self._answered.answer_once_(public, "mask", question)
         # Derived from the request: a repeated request gets the same random bytes and so the same
         # answer. A different request gets different bytes.
