@@ -66,9 +66,9 @@ augment = {{ flip = "random" }}
 
 CODED = {
     "cnn": [
-        'stage.0.uplink=[{ kind = "quantize", rate = 0.488, unbiased = true }]',
-        'stage.0.downlink=[{ kind = "quantize", rate = 1.4 }]',
-        'stage.0.first_downlink=[{ kind = "quantize", rate = 4.0 }]',
+        'stage.0.uplink=[{ kind = "quantize", rate = 0.47, unbiased = true }]',
+        'stage.0.downlink=[{ kind = "quantize", rate = 0.95 }]',
+        'stage.0.first_downlink=[{ kind = "quantize", rate = 2.5 }]',
     ],
     "resnet": [
         'stage.0.uplink=[{ kind = "quantize", rate = 0.4 }]',
