@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import fedpress
 from fedpress.errors import RunError
 from fedpress.federation.exchange import exchange
 from fedpress.pipeline import recipe as recipes
@@ -248,3 +251,16 @@ def test_on_a_gpu_the_default_engine_tries_stacks(monkeypatch):
     assert engine.rounding == "stacked"
     expected = finished(loaded, LocalEngine())[0][-1].params
     torch.testing.assert_close(found[0][-1].params, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.recipe
+def test_records_and_result_say_that_clients_were_stacked(tmp_path):
+    table = tomllib.loads(SMALL)
+    done = {}
+    for engine in ("local", "stacked"):
+        run = fedpress.run({"name": "small", **table}, out=tmp_path / engine, engine=engine)
+        lines = [line for line in run.records if "round" in line]
+        assert len(lines) == 3
+        stage = json.loads((tmp_path / engine / "result.json").read_text("utf-8"))["stages"][-1]
+        done[engine] = [line.get("engine") for line in lines], stage.get("engine")
+    assert done == {"local": ([None] * 3, None), "stacked": (["stacked"] * 3, "stacked")}
