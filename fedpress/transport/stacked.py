@@ -235,14 +235,7 @@ class StackedTransport:
                 log.info("at most %d clients fit into memory together", self._limit)
                 continue
             if problem and self._trial is None:
-                raise RunError(
-                    f"these clients cannot be trained in one program: {problem}",
-                    place="engine",
-                    cure=(
-                        *("give ", Argument("engine", "local"), ", which trains one after another"),
-                        *(", or a smaller ", Argument("engine.at_once")),
-                    ),
-                )
+                raise _refusal(problem)
             if problem:
                 log.info("clients are trained one after another: %s", problem)
                 self._can_stack = False
@@ -310,6 +303,18 @@ class StackedTransport:
         assert training.work.start is not None
         fitting = max(2, MOST_VALUES // max(1, training.work.start.numel()))
         return min(self._limit, fitting)
+
+
+def _refusal(problem: str) -> RunError:
+    """Returns the error for clients that must be trained in one program, and cannot."""
+    error = RunError(
+        f"these clients cannot be trained in one program: {problem}",
+        place="engine",
+        cure=("give ", Argument("engine", "local"), ", which trains one after another"),
+    )
+    if problem == NO_MEMORY:
+        error.add_cure(", or a smaller ", Argument("engine.at_once"))
+    return error
 
 
 def _fit_together(one: Training, other: Training) -> bool:

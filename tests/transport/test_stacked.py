@@ -65,7 +65,7 @@ def test_what_cannot_be_stacked_is_told_with_the_way_round(case):
     loaded = recipes.load(SMALL + CASES[case])
     with pytest.raises(RunError, match=REFUSED[case]) as told:
         finished(loaded, StackedEngine())
-    assert 'engine="local"' in str(told.value)
+    assert str(told.value).endswith('give engine="local", which trains one after another')
     engine = StackedEngine(tries=True)
     found = finished(loaded, engine)
     assert engine.rounding == ""
