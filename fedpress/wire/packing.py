@@ -10,7 +10,7 @@ this folder describes the bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,8 @@ from fedpress.wire.reader import ByteReader, fail, varint, zigzag
 RAW, NBIT, ANS, SPARSE, CONTEXTS = range(5)
 """The number of each form, the first byte of packed values."""
 
+MIN_TRIED = 1 << 14
+"""Longer vectors of up to 8 bits a value are entropy-coded without asking whether it may pay."""
 MAX_DEPTH = 3
 """Packed bytes may contain packed bytes up to this depth: a sparse tensor has a packed bitmap, and
 the bitmap has packed class numbers. Without a limit an attacker could nest them endlessly."""
@@ -387,13 +389,35 @@ def _ans_pays(values: Ints, bits: int, size: int) -> bool:
     # For so few values, frequency tables would take more bytes than the values.
     if len(values) < 16:
         return False
-    # For a range of up to 8 bits the estimate would save little time, so coding is simply tried.
+    # For a range of up to 8 bits the estimate would save little time, so coding is simply tried,
+    # except for short vectors such as keys and ciphertexts, of which a secure sum sends dozens.
     if bits <= 8:
-        return True
+        return len(values) > MIN_TRIED or _repeats(values, size)
     if len(values) <= 2 * SAMPLE:
         return len(values) < 4096 or ans.coded_bits(values) < 8 * size
     # The estimate must be 2% below `size`, because from a sample it may be slightly too low.
     return ans.coded_bits(_sampled(values)) < 8 * size * 0.98 * SAMPLE / len(values)
+
+
+def _repeats(values: Ints, size: int) -> bool:
+    """Returns whether values of up to 8 bits repeat so often that a table may pay.
+
+    Judged with one table for all, and with one for each quarter, as for sorted values.
+    """
+    return min(_with_tables([values]), _with_tables(np.array_split(values, 4))) < size
+
+
+def _with_tables(parts: Sequence[Ints]) -> float:
+    """Returns about how many bytes the parts take, each with a table of its own.
+
+    It is the entropy, 4 bytes for a table, and half a byte for each value in it.
+    """
+    total = 0.0
+    for part in parts:
+        counts = np.unique_counts(part).counts
+        bits = len(part) * math.log2(len(part)) - float(counts @ np.log2(counts))
+        total += 4 + bits / 8 + len(counts) / 2
+    return total
 
 
 def contexts_pay(values: Ints) -> bool:

@@ -406,3 +406,19 @@ def test_an_estimator_that_keeps_its_choice_is_near_the_packed_size():
             levels = np.rint(x / step).astype(np.int16)
             real = 8 * len(shrink(torch.from_numpy(levels)))
             assert estimator.bits(levels) == pytest.approx(real, rel=0.025)
+
+
+@pytest.mark.parametrize("size", [32, 500, 4900, 9000])
+def test_random_bytes_are_not_coded_and_repeating_ones_are(size, monkeypatch):
+    tried = []
+    monkeypatch.setattr(packing.ans, "encode_ints", lambda *_: tried.append(1) or bytes(10**6))
+    monkeypatch.setattr(packing, "contexts_pay", lambda values: False)
+    chance = torch.Generator().manual_seed(size)
+    random = torch.randint(256, (size,), generator=chance, dtype=torch.uint8)
+    assert packing.shrunk_size(random) == size + 1
+    assert not tried
+    # Few different values, and many zeros.
+    for repeating in (random % 4 * 60, random // 8 * (random % 2)):
+        packing.shrunk_size(repeating)
+        assert tried
+        tried.clear()
