@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedpress.core.canonical import JSON
 from fedpress.errors import WireError
-from fedpress.wire.packing import expand, shrink, shrunk_size
+from fedpress.wire.packing import expand, shrunk_parts, shrunk_size
 from fedpress.wire.reader import ByteReader, fail, varint
 
 MAGIC = b"FPRS"
@@ -89,15 +89,15 @@ def pack(message: Message) -> bytes:
     b'FPRS'
     """
     head, tensors = _outline(message)
-    parts = [head]
+    parts: list[bytes | memoryview] = [head]
     for name, before in tensors.items():
-        packed = shrink(message.tensors[name], pack_floats=name in message.packed_floats)
-        parts += [before, varint(len(packed)), packed]
+        packed = shrunk_parts(message.tensors[name], pack_floats=name in message.packed_floats)
+        parts += [before, varint(sum(map(len, packed))), *packed]
     length = sum(map(len, parts))
     crc = 0
     for part in parts:
         crc = zlib.crc32(part, crc)
-    # Joined once: each further copy of a large model would cost time.
+    # Joined once: each further copy of a large model would cost time and memory.
     return b"".join((FRAME.pack(MAGIC, VERSION, length, crc), *parts))
 
 

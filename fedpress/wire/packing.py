@@ -51,12 +51,20 @@ def shrink(tensor: Tensor, *, pack_floats: bool = False) -> bytes:
     >>> len(shrink(torch.arange(1000)))
     1253
     """
+    return b"".join(shrunk_parts(tensor, pack_floats=pack_floats))
+
+
+def shrunk_parts(tensor: Tensor, *, pack_floats: bool = False) -> list[bytes | memoryview]:
+    """Returns the bytes of `shrink` in parts, without a copy of values that are sent raw.
+
+    A raw part reads the memory of `tensor`: do not change the tensor while the part is used.
+    """
     if not tensor.numel():
-        return b""
+        return []
     values = _array(tensor)
     if _is_raw(tensor, pack_floats):
-        return _raw(values)
-    return smallest_form(values, tensor.is_floating_point(), _rows_of(tensor))
+        return _raw_parts(values)
+    return [smallest_form(values, tensor.is_floating_point(), _rows_of(tensor))]
 
 
 def shrunk_size(tensor: Tensor, *, pack_floats: bool = False) -> int:
@@ -229,7 +237,7 @@ def smallest_form(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> 
         return coded
     if plain.form == NBIT:
         return bytes([NBIT]) + _nbit(values, plain.low, plain.bits)
-    return _raw(values)
+    return b"".join(_raw_parts(values))
 
 
 def _choose(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> tuple[_Plain, bytes]:
@@ -269,11 +277,11 @@ def _choose(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> tuple[
     return _Plain(RAW, 0, 0, raw), best
 
 
-def _raw(values: Ints) -> bytes:
-    """Returns the form and the values as they are in memory, in little-endian order."""
+def _raw_parts(values: Ints) -> list[bytes | memoryview]:
+    """Returns the form, and the values as they are in memory, in little-endian order."""
     little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
-    # One copy of the values: joining reads them where they are.
-    return b"".join((bytes([RAW]), little.data))
+    # As bytes, so that the length of the view is its number of bytes.
+    return [bytes([RAW]), little.data.cast("B")]
 
 
 def _shorter(coded: bytes, size: int, best: bytes) -> tuple[int, bytes]:

@@ -3,6 +3,7 @@ import math
 import random
 import re
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -354,3 +355,12 @@ def test_a_delivered_tensor_shares_the_memory_of_the_sent_one():
     sent = torch.ones(3)
     got = delivered(Message("m", {}, {"t": sent})).tensors["t"]
     assert got.data_ptr() == sent.data_ptr()
+
+
+def test_packing_takes_the_memory_of_the_bytes_and_no_more():
+    message = Message("fit", {}, {"params": torch.zeros(1 << 20)})
+    tracemalloc.start()
+    data = pack(message)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(data) <= most < 1.1 * len(data)
