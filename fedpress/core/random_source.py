@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import Protocol, TypeAlias
 
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from fedpress.core.random import keystream, secret_key, stream_name
 from fedpress.errors import RecipeError
+
+BLOCK = 1 << 16
+"""Number of words that are converted at a time. It is even, so that AES starts at a whole block."""
 
 
 class RandomSource(Protocol):
@@ -69,14 +73,7 @@ class WordStream(ABC):
         One bit of a word is the sign. The other 63 bits are a probability below 1/2, so both tails
         are precise: the smallest probability is 2^-65, at 9.2 standard deviations.
         """
-        from scipy.special import ndtri
-
-        bits = self.words(math.prod(shape))
-        # + 0.5 takes the middle of each of 2^63 intervals: at 0, ndtri would be infinite.
-        probability = ((bits >> np.uint64(1)).astype(np.float64) + 0.5) * 2.0**-64
-        below = ndtri(probability)
-        signed = np.where(bits & np.uint64(1), -below, below)
-        return torch.from_numpy(signed).view(shape).to(dtype)
+        return self._filled(torch.empty(shape, dtype=dtype), _normals)
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Returns numbers [shape] with as many random bits as `dtype` has.
@@ -84,9 +81,24 @@ class WordStream(ABC):
         These are 53 for float64, 24 for float32, 11 for float16 and 8 for bfloat16.
         """
         digits = 1 - int(math.log2(torch.finfo(dtype).eps))
-        # More bits than the dtype holds would be rounded, perhaps up to 1, which is not in [0, 1).
-        whole = self.words(math.prod(shape)) >> np.uint64(64 - digits)
-        return torch.from_numpy(whole.astype(np.float64) * 2.0**-digits).view(shape).to(dtype)
+
+        def uniforms(words: np.ndarray) -> np.ndarray:
+            # More bits than the dtype holds would be rounded, perhaps up to 1, which is not in
+            # [0, 1).
+            whole: np.ndarray = (words >> np.uint64(64 - digits)).astype(np.float64)
+            return whole * 2.0**-digits
+
+        return self._filled(torch.empty(shape, dtype=dtype), uniforms)
+
+    def _filled(self, out: Tensor, convert: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+        """Fills `out` with numbers that `convert` makes of words, and returns it.
+
+        It works on `BLOCK` numbers at a time: the words and steps of a whole vector would take
+        twelve times the memory of its float32 values.
+        """
+        for part in out.view(-1).split(BLOCK):
+            part.copy_(torch.from_numpy(convert(self.words(len(part)))))
+        return out
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Returns int64 [shape] from 0 to `high` - 1.
@@ -123,6 +135,16 @@ class WordStream(ABC):
             return torch.arange(size)[:count]
         places = np.argpartition(drawn, count - 1)[:count]
         return torch.from_numpy(np.sort(places).astype(np.int64))
+
+
+def _normals(words: np.ndarray) -> np.ndarray:
+    """Returns a standard normal for each word; see `WordStream.normal`."""
+    from scipy.special import ndtri
+
+    # + 0.5 takes the middle of each of 2^63 intervals: at 0, ndtri would be infinite.
+    probability = ((words >> np.uint64(1)).astype(np.float64) + 0.5) * 2.0**-64
+    below = ndtri(probability)
+    return np.where(words & np.uint64(1), -below, below)
 
 
 class PhiloxRandom(WordStream):

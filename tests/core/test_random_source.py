@@ -1,4 +1,5 @@
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from cryptography.hazmat.primitives.ciphers import algorithms, modes
 from scipy import stats
 
 from fedpress.core.random_source import (
+    BLOCK,
     AesCtrRandom,
     PhiloxRandom,
     TorchRandom,
@@ -275,3 +277,22 @@ def test_batches_and_private_steps_draw_from_a_cipher():
 
     assert torch.equal(trained(KEY), trained(KEY))
     assert not torch.equal(trained(KEY), trained(bytes(32)))
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_a_long_vector_has_the_numbers_of_its_parts_and_takes_little_memory(kind):
+    size = 3 * BLOCK + 5
+    for make in (lambda: PhiloxRandom(1), lambda: AesCtrRandom(bytes(32))):
+        whole, parts = make(), make()
+        whole.words(1)  # AES then starts inside of a block
+        parts.words(1)
+        tracemalloc.start()
+        drawn = getattr(whole, kind)(size, dtype=torch.float32)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        pieces = [getattr(parts, kind)(count, dtype=torch.float32) for count in (7, BLOCK, 2)]
+        rest = getattr(parts, kind)(size - BLOCK - 9, dtype=torch.float32)
+        assert torch.equal(drawn, torch.cat([*pieces, rest]))
+        assert np.array_equal(whole.words(2), parts.words(2))
+        # torch's memory is not traced: this is what the words and steps of one block take.
+        assert most < 60 * BLOCK

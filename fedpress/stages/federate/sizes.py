@@ -46,10 +46,11 @@ def message_sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
     change = chance.normal(len(params), dtype=torch.float32) * scale
     names = list(contract.population.names)[: uplink.cohort.size]
     key = Key(terms.seed, 1, names[0])
-    vectors = {}
+    vectors = {UPDATE: change}
     for codec in uplink.vector_codecs:
-        vectors[codec.name] = chance.normal(codec.size, dtype=torch.float32)
-    tensors = uplink.encode(vectors | {UPDATE: change}, key)
+        if codec.name != UPDATE:
+            vectors[codec.name] = chance.normal(codec.size, dtype=torch.float32)
+    tensors = uplink.encode(vectors, key)
     packed = uplink.packed_floats(tensors)
     header: dict[str, JSON] = {"round": 1, "examples": 1, "loss": 1.0, "steps": 1}
     # Noised counts of failures have all digits of a float64, which take more bytes than integers.
