@@ -22,6 +22,7 @@ from fedpress.federation.aggregators.base import (
     Session,
     Total,
 )
+from fedpress.federation.aggregators.mean import CHUNK
 from fedpress.federation.failures import Tally
 from fedpress.federation.protocol import check_header, need, refusal_of
 from fedpress.federation.uplink import Uplink
@@ -310,7 +311,7 @@ class Gatherer:
         if total.weight <= 0:
             return {}
         weight = total.weight if self.uplink.aggregator.sums else 1.0
-        return {name: (vector / weight).float() for name, vector in total.vectors.items()}
+        return {name: _divided(vector, weight) for name, vector in total.vectors.items()}
 
     def _private_means(self, total: Total) -> dict[str, Tensor]:
         """Adds the server's noise and divides by the public divisor."""
@@ -443,3 +444,15 @@ class Gatherer:
         # Divided by the planned number of clients, since it is private how many replied.
         share = share_below(noised, self.uplink.cohort.size)
         return {"clip_norm": torch.tensor(adaptive.update(norm, share), dtype=torch.float64)}
+
+
+def _divided(total: Tensor, weight: float) -> Tensor:
+    """Returns `total` / `weight` as float32 [d].
+
+    It is divided in parts: the quotient of a whole float64 vector would take twice the memory of
+    the result.
+    """
+    mean = torch.empty(total.shape, dtype=torch.float32)
+    for part, values in zip(mean.split(CHUNK), total.split(CHUNK), strict=True):
+        part.copy_(values / weight)
+    return mean

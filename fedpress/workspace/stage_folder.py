@@ -102,8 +102,7 @@ class StageFolder:
 
     def save_progress(self, tensors: Mapping[str, Tensor], facts: Json) -> None:
         """Saves a checkpoint atomically in one file: named tensors, and facts as JSON values."""
-        # Cloned, since safetensors refuses tensors that share memory.
-        copies = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
+        copies = _apart(tensors)
         # The number of records tells `begin` which records come after the checkpoint.
         metadata = json.dumps({**facts, "records": self.records.count()})
         with replacing_with_checksum(self._progress, self.run) as temporary:
@@ -287,6 +286,23 @@ class StageFolder:
                 cure="leave out --from",
             )
         return path
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns `tensors` on the CPU, contiguous, and no two of them in one storage.
+
+    safetensors refuses tensors that share memory. The others are not copied: a large model would
+    be in memory once more.
+    """
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().to("cpu").contiguous()
+        if here.untyped_storage().data_ptr() in seen:
+            here = here.clone()
+        seen.add(here.untyped_storage().data_ptr())
+        apart[name] = here
+    return apart
 
 
 def files_of(artifact: Path) -> list[Path]:

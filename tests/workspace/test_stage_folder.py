@@ -2,8 +2,10 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fedpress.errors import RunError
+from fedpress.workspace import stage_folder
 from fedpress.workspace.folder import RunFolder
 
 
@@ -37,3 +39,21 @@ def test_a_checkpoint_gives_back_tensors_facts_and_the_place_in_the_records(tmp_
     found, facts = place.load_progress()
     assert facts == {"seconds": 2.5, "records": 1}
     assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tensors.items())
+
+
+def test_tensors_that_share_memory_are_saved_and_the_others_are_not_copied(tmp_path, monkeypatch):
+    place = RunFolder(tmp_path).stage(0, "train", "train")
+    whole = torch.arange(6.0)
+    tensors = {"whole": whole, "part": whole[2:4], "alone": torch.ones(3), "e": torch.zeros(0)}
+    given = []
+
+    def saving(copies, path, **options):
+        given.append(copies)
+        save_file(copies, path, **options)
+
+    monkeypatch.setattr(stage_folder, "save_file", saving)
+    place.save_progress(tensors, {})
+    found, _ = place.load_progress()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    for name in ("whole", "alone"):
+        assert given[0][name].data_ptr() == tensors[name].data_ptr()

@@ -214,7 +214,10 @@ class Arriving:
             message = inflate_object_from_contents(self.root, self._contents, objects=arrays)
             assert isinstance(message, Message)
             message.metadata.__dict__["_message_id"] = self.root
-            return Incoming(to_parcel(message), message)
+            parcel = to_parcel(message)
+            # An answer needs only the message's ids. The content would stay in memory as long as
+            # the client works on the answer.
+            return Incoming(parcel, remove_content_from_message(message))
         except _TooLong:
             raise
         # Any exception, because the message of a stranger may be wrong in any way.
