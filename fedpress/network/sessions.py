@@ -178,8 +178,10 @@ class Sessions:
         if self.identity is not None:
             key = torch.frombuffer(bytearray(self.identity), dtype=torch.uint8)
             memory.save_entry(IDENTITY, {"bytes": key})
-        asked = replace(asked, memory=_drawn_with(memory))
         # The gate needs `memory` in `asked`: the id of the stored state is part of a run's name.
+        asked = replace(asked, memory=_drawn_with(memory))
+        # Before this session's model is built, because each session holds a model.
+        self._close_others()
         half = ClientSide(self.name, arrays, offer.common(self.device), memory)
         if self.program is not None:
             # Imported here: most clients do not have ExecuTorch installed.
@@ -187,7 +189,8 @@ class Sessions:
 
             half.model = DeviceModel(self.program)
             half.source = device_steps
-        self._close_others()
+        # The tensors are in the model now. The gate reads only settings from here on.
+        asked = replace(asked, offer=replace(offer, tensors={}))
         self.open_sessions[name] = Session(asked, half, folder)
         # Stored last: an offer that fails above must not be handled again after a restart.
         if folder is not None:

@@ -209,7 +209,7 @@ class CommonInputs:
         return cls.prepared(
             stage,
             spec,
-            model,
+            copied(model),
             preprocess=preprocess,
             task=task,
             seed=derive(seed, "federate", stage.name),
@@ -228,10 +228,13 @@ class CommonInputs:
         seed: int,
         device: torch.device | None = None,
     ) -> CommonInputs:
-        """Like `of`, but takes the seed of the stage, since clients do not get the run's seed."""
+        """Like `of`, but takes the seed of the stage, and changes `model` instead of a copy.
+
+        Clients do not get the run's seed, and have built a model that nobody else uses.
+        """
         # Sparse weights become vectors of their nonzero values, so that zeros are neither sent nor
         # get noise.
-        work = compact_(_trainable(copied(model), stage.trainable), spec.sparse)
+        work = compact_(_trainable(model, stage.trainable), spec.sparse)
         return cls(stage, place_(work, device), preprocess, task, seed)
 
     def copy(self) -> CommonInputs:

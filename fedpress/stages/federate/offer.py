@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fedpress import __version__, tasks
@@ -29,12 +27,12 @@ from fedpress.errors import FedpressError, WireError
 from fedpress.federation.protocol import read_text, text_tensor
 from fedpress.models import ModelSpec
 from fedpress.stages.federate.contract import CommonInputs
+from fedpress.stages.federate.flat_model import Entry, join, split
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.tasks import Task
 from fedpress.wire.message import Message
 
-# Entries of the message: the model as safetensors, and three JSON texts.
-MODEL = "model"
+# Entries of the message: three JSON texts, and the model's vectors (see `flat_model`).
 TEXTS = ("settings", "spec", "facts")
 
 
@@ -95,6 +93,7 @@ class _Facts(BaseModel):
     task: dict[str, Any]
     inputs: dict[str, Any] | None
     labels: tuple[str, ...]
+    entries: tuple[Entry, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +103,8 @@ class Offer:
     Attributes:
         stage: settings of the federate stage.
         spec: spec of the model.
-        tensors: name -> parameter or buffer of the model.
+        tensors: name -> parameter or buffer of the model. They share memory with the model or the
+            message that the offer comes from.
         seed: seed of the stage.
         preprocess: standardisation of raw examples, fitted on the server's public examples.
         task: loss and metrics.
@@ -144,7 +144,8 @@ class Offer:
         Args:
             stage: settings of the federate stage.
             spec: spec of the model.
-            model: the model, whose tensors are copied.
+            model: the model; its tensors are not copied, so do not change them while the offer is
+                used.
             preprocess: standardisation of raw examples.
             task: loss and metrics.
             seed: seed of the run, from which the seed of the stage is derived.
@@ -153,7 +154,7 @@ class Offer:
         """
         tensors = {}
         for name, tensor in model.state_dict().items():
-            tensors[name] = tensor.detach().to("cpu").contiguous().clone()
+            tensors[name] = tensor.detach().to("cpu")
         settings = FederateSettings.model_validate(stage.model_dump())
         # Clients get only the stage's seed: from the run's seed they could compute other stages'
         # noise.
@@ -162,6 +163,7 @@ class Offer:
 
     def to_message(self, header: dict[str, JSON]) -> Message:
         """Returns the offer as a message with the entries of `header`."""
+        entries, vectors = join(self.tensors)
         facts = _Facts(
             fedpress=self.fedpress,
             streams=self.streams,
@@ -172,8 +174,8 @@ class Offer:
             task=self.task.to_json(),
             inputs=self.inputs,
             labels=self.labels,
+            entries=entries,
         )
-        model = torch.frombuffer(bytearray(save(self.tensors)), dtype=torch.uint8)
         return Message(
             "offer",
             header,
@@ -181,7 +183,7 @@ class Offer:
                 "settings": text_tensor(self.stage.model_dump_json()),
                 "spec": text_tensor(self.spec.model_dump_json()),
                 "facts": text_tensor(facts.model_dump_json()),
-                MODEL: model,
+                **vectors,
             },
         )
 
@@ -206,18 +208,15 @@ class Offer:
             task = tasks.of_model(facts.task, spec.class_names)
             place = "facts.mean"
             preprocess = Preprocess(facts.mean, facts.std)
-            place = MODEL
-            packed = message.tensors.get(MODEL)
-            if packed is None or packed.dtype != torch.uint8 or packed.dim() != 1:
-                raise WireError("expected safetensors as uint8 [n]", place=f"offer.{MODEL}")
-            tensors = load(packed.numpy().tobytes())
+            place = "model"
+            tensors = split(facts.entries, message.tensors)
             place = "facts.seed"
             seed = int(facts.seed)
         except FedpressError as error:
             raise WireError(error.problem, place=f"offer.{place}", cure=error.cure) from error
         # A malicious message may contain anything. The client must answer with an error and keep
         # running.
-        except (ValidationError, SafetensorError, ValueError, TypeError) as error:
+        except (ValidationError, ValueError, TypeError) as error:
             said = " ".join(str(error).split())[:300]
             cure = "use the same fedpress on both sides"
             raise WireError(said, place=f"offer.{place}", cure=cure) from error
