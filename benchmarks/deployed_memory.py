@@ -61,7 +61,8 @@ def measure(megabytes: float, port: int) -> None:
     began = time.monotonic()
     start(folder, "split", "network", "split", "recipe.toml", "--out", "parts").wait()
     data = ["--data", "parts/c0.safetensors", "--ledger", "ledger.sqlite"]
-    client = start(folder, "client", "client", *data, "--insecure", "--server", f"localhost:{port}")
+    here = ["--insecure", "--name", "c0", "--server", f"localhost:{port}"]
+    client = start(folder, "client", "client", *data, *here)
     server = start(
         folder, "server", "server", "recipe.toml", "--insecure", "--port", str(port), "--out", "run"
     )
@@ -72,6 +73,8 @@ def measure(megabytes: float, port: int) -> None:
                 peaks[name] = max(peaks.get(name, 0.0), peak(number))
             for number in kills.superlinks(folder):
                 peaks["SuperLink"] = max(peaks.get("SuperLink", 0.0), peak(number))
+            if client.poll() is not None:
+                raise SystemExit((folder / "client.log").read_text())
             time.sleep(0.1)
     finally:
         client.terminate()
