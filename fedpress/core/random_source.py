@@ -144,7 +144,8 @@ def _normals(words: np.ndarray) -> np.ndarray:
     # + 0.5 takes the middle of each of 2^63 intervals: at 0, ndtri would be infinite.
     probability = ((words >> np.uint64(1)).astype(np.float64) + 0.5) * 2.0**-64
     below = ndtri(probability)
-    return np.where(words & np.uint64(1), -below, below)
+    signed: np.ndarray = np.where(words & np.uint64(1), -below, below)
+    return signed
 
 
 class PhiloxRandom(WordStream):
