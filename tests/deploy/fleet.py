@@ -171,18 +171,22 @@ class Fleet:
     Attributes:
         folder: for everything; it is in the command line of each process.
         port: of the server.
+        names: of the clients that behave.
+        recipe: whose data the clients have.
         commands: that were started.
     """
 
     folder: Path
     port: int
+    names: Sequence[str] = NAMES
+    recipe: str = RECIPE
     commands: list[Command] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        folders.init(self.network, [*NAMES, *OTHERS], "localhost", self.port)
-        for name, arrays in load_data(recipes.load(RECIPE)).clients.items():
+        folders.init(self.network, [*self.names, *OTHERS], "localhost", self.port)
+        for name, arrays in load_data(recipes.load(self.recipe)).clients.items():
             write_arrays(self.data(name), arrays)
-        for name in (*NAMES, *OTHERS):
+        for name in (*self.names, *OTHERS):
             # Most runs here are without privacy, which owners refuse by default.
             (self.home(name) / "policy.toml").write_text('privacy = "none"\n')
 
@@ -234,7 +238,7 @@ class Fleet:
         recipe = self.folder / f"{out}.toml"
         recipe.write_text(text)
         fixed = ["--network", str(self.network / "server"), "--out", str(self.folder / out)]
-        fixed += ["--min-clients", str(len(NAMES))]
+        fixed += ["--min-clients", str(len(self.names))]
         return self.command("server", str(recipe), *fixed, *words, log=f"{out}.log")
 
     @property
@@ -323,7 +327,7 @@ def secrets_of(fleet: Fleet, run: Deployed, to: Path) -> Path:
     place = to / "stage"
     (own,) = run.memory.glob("*/server")
     copies: dict[str, Path] = {"server": own}
-    for at, name in enumerate(NAMES):
+    for at, name in enumerate(fleet.names):
         copies[f"{at:05d}"] = fleet.home(name) / "sessions" / run.session / "memory"
     for name, folder in copies.items():
         for entry in ("secret", "identity"):

@@ -1,4 +1,7 @@
-"""Clients in actors on two Ray nodes of one machine give the bits of the local engine, also when one is lost."""
+"""Clients in actors on two Ray nodes of one machine give the bits of the local engine, also when one is lost.
+
+`tests/deploy/test_engines_agree.py` compares all kinds of stages on one node.
+"""
 
 import os
 import signal
@@ -50,22 +53,10 @@ batch_size = 10
 trainable = ["head.*"]
 """
 CODED = """
+downlink = [{ kind = "quantize", bits = 8 }]
 uplink = [{ kind = "topk", density = 0.2 }, { kind = "quantize", bits = 8 }]
 error_feedback = true
 """
-CASES = {
-    "plain": CODED + 'downlink = [{ kind = "quantize", bits = 8 }]\n',
-    "sample": 'privacy = { unit = "sample", noise_multiplier = 1.0, delta = 1e-3 }\n',
-    "secure": 'privacy = { unit = "client", trust = "distributed", noise_multiplier = 2.0, '
-    "delta = 1e-3 }\n",
-    # Two clients of each round work in vain: their residuals must not change.
-    "spare": CODED + 'cohort = 2\nschedule = { kind = "synchronous", over_selection = 2.0 }\n'
-    'delays = { kind = "lognormal", median = 10.0 }\n',
-    # The first two answers count: those of the same clients, whoever is faster.
-    "first": CODED + 'cohort = 2\nschedule = { kind = "synchronous", over_selection = 2.0 }\n',
-    "buffered": 'schedule = { kind = "buffered", concurrency = 3, buffer = 2 }\n'
-    'delays = { kind = "lognormal", median = 10.0 }\n',
-}
 
 
 def started(host: str, *words: str) -> subprocess.Popen:
@@ -149,9 +140,8 @@ def all_rounds(server):
     return list(server.rounds(Start(parameters.flatten(server.model))))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_actors_on_two_nodes_give_the_bits_and_bytes_of_the_local_engine(case, engine):
-    stage, state = of(CASES[case])
+def test_actors_on_two_nodes_give_the_bits_and_bytes_of_the_local_engine(engine):
+    stage, state = of(CODED)
     here, there = bind(stage, state).server, bind(stage, replace(state, engine=engine)).server
     expected, found = all_rounds(here), all_rounds(there)
     assert not torch.equal(expected[0].params, expected[-1].params)
@@ -163,7 +153,7 @@ def test_actors_on_two_nodes_give_the_bits_and_bytes_of_the_local_engine(case, e
 
 
 def test_a_lost_actor_is_a_lost_client_of_that_round(engine):
-    stage, state = of(CASES["plain"])
+    stage, state = of(CODED)
     local, there = bind(stage, state), bind(stage, replace(state, engine=engine)).server
     running = there.rounds(Start(parameters.flatten(there.model)))
     found = [next(running)]
@@ -223,7 +213,7 @@ def test_a_cluster_without_room_is_told_before_the_run(engine):
 
 def test_a_killed_run_goes_on_with_another_engine(cluster, opened, tmp_path):
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.replace("num_rounds = 3", "num_rounds = 12") + CASES["plain"])
+    recipe.write_text(RECIPE.replace("num_rounds = 3", "num_rounds = 12") + CODED)
     command = [str(Path(sys.executable).with_name("fedpress")), "run"]
     if not Path(command[0]).exists():
         command = [sys.executable, "-m", "fedpress", "run"]
