@@ -101,7 +101,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
     "schedule": {
         "synchronous": 'schedule = { kind = "synchronous" }\ncohort = 2\n',
         # One client at a time: the order of answers does not depend on how fast clients are.
-        "buffered": 'schedule = { kind = "buffered", concurrency = 1, buffer = 1 }\n',
+        "buffered": 'schedule = { kind = "buffered", concurrency = 1, buffer = 2 }\n',
     },
     "delays": {
         "constant": 'delays = { kind = "constant" }\n',
@@ -158,6 +158,41 @@ CASES: Mapping[str, str] = {
 """All cases: name -> keys of the stage."""
 
 
+def _joined(*texts: str) -> str:
+    """Returns the keys of several stages; of a key that several have, the last one counts."""
+    keys = {}
+    for text in texts:
+        for line in text.strip().splitlines():
+            keys[line.partition(" = ")[0]] = line
+    return "\n".join(keys.values()) + "\n"
+
+
+def _together(*tables: str) -> dict[str, str]:
+    """Returns cases that use one row of each table at once, so many that each row is in one."""
+    found = {}
+    for at in range(max(len(ROWS[table]) for table in tables)):
+        rows = {table: list(ROWS[table])[at % len(ROWS[table])] for table in tables}
+        text = _joined(*(ROWS[table][row] for table, row in rows.items()))
+        found[" + ".join(rows.values())] = text
+    return found
+
+
+FEWER_CASES: Mapping[str, str] = {
+    **_together("codec", "algorithm"),
+    **_together("server", "delays", "sampling", "weights", "optimizer"),
+    **_together("aggregator"),
+    **_together("schedule"),
+    **_together("trust"),
+    **OTHERS,
+}
+"""The same rows in fewer cases, for an engine in which every case takes seconds."""
+
+
+def without_delays(text: str) -> str:
+    """Returns the keys of a stage without simulated delays."""
+    return "".join(line for line in text.splitlines(True) if not line.startswith("delays"))
+
+
 def _choices(settings: type[Any], key: str) -> list[str]:
     """Returns the values that a key of literals may have."""
     annotation = settings.model_fields[key].annotation
@@ -207,7 +242,7 @@ def used_by(stage: FederateSettings) -> set[tuple[str, str]]:
 
 def stage_of(case: str) -> FederateSettings:
     """Returns the settings of a case."""
-    return recipes.load(RECIPE + CASES[case]).stage[0]
+    return recipes.load(RECIPE + {**CASES, **FEWER_CASES}[case]).stage[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from fedpress.transport.engine import ENGINES, LocalEngine, engine_settings, ope
 from fedpress.transport.processes.engine import ProcessEngine
 from fedpress.transport.processes.transport import ProcessTransport
 from tests import engines
-from tests.engines import CASES, MANY, RECIPE, Finished
+from tests.engines import CASES, FEWER_CASES, MANY, RECIPE, Finished
 
 if TYPE_CHECKING:
     from fedpress.transport.flower import ServerLink
@@ -35,7 +35,7 @@ REFUSED = {"three at a time, private": "the order of the answers determines whic
 """Cases that a deployment refuses -> why."""
 FIRST_ANSWERS = ("more asked than needed", "the slow left out", "three at a time")
 """Cases without fixed bits over a network: the first answers count, and who is fast is not known."""
-OVER_A_NETWORK = [case for case in CASES if case not in (*REFUSED, *FIRST_ANSWERS)]
+OVER_A_NETWORK = [case for case in FEWER_CASES if case not in (*REFUSED, *FIRST_ANSWERS)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,9 +71,33 @@ def test_every_row_of_a_table_has_a_case_that_uses_it(table):
         assert (table, row) in engines.used_by(engines.stage_of(f"{table}: {row}"))
 
 
+def test_fewer_cases_use_every_row():
+    used = set()
+    for case in OVER_A_NETWORK:
+        used |= engines.used_by(engines.stage_of(case))
+    for table, rows in engines.REGISTRIES.items():
+        assert {(table, row) for row in rows} <= used
+
+
 def test_every_engine_is_compared():
     # "auto" is "local" or "processes".
     assert set(ENGINES) == {"auto", "local", "processes", "ray"}
+
+
+@pytest.mark.deploy
+def test_the_comparison_sees_one_bit_and_one_byte():
+    one = engines.expected(RECIPE)
+    (*first, last) = one.records
+    changed = torch.nextafter(last.params, torch.tensor(1.0))
+    for other, place in (
+        (replace(last, params=changed), "params"),
+        (replace(last, bytes_up=last.bytes_up + 1), "bytes_up"),
+        (replace(last, server_state={**last.server_state, "more": changed}), "server_state"),
+    ):
+        (found,) = engines.differences(one, replace(one, records=[*first, other]))
+        assert place in found
+    (found,) = engines.differences(one, replace(one, scores={}))
+    assert "scores" in found
 
 
 @pytest.mark.deploy
@@ -178,13 +202,11 @@ def test_a_deployment_gives_the_bits_bytes_and_records_of_the_local_engine(
 ):
     from tests.deploy.fleet import deployed, secrets_of
 
-    text = RECIPE + CASES[case]
-    run = deployed(text, link, tmp_path / "server", clients=engines.NAMES)
+    run = deployed(RECIPE + FEWER_CASES[case], link, tmp_path / "server", clients=engines.NAMES)
     found = engines.finish(run.side)
-    if engines.has_secrets(case):
-        expected = engines.simulated(text, folder=secrets_of(fleet, run, tmp_path / "local"))
-    else:
-        expected = engines.expected(text)
+    # Each client has a random key for secure sums, and a deployment has no simulated delays.
+    secrets = secrets_of(fleet, run, tmp_path / "local")
+    expected = engines.simulated(RECIPE + engines.without_delays(FEWER_CASES[case]), folder=secrets)
     assert not list(engines.differences(expected, found))
 
 
