@@ -240,9 +240,14 @@ def used_by(stage: FederateSettings) -> set[tuple[str, str]]:
     return used
 
 
+def recipe_of(case: str) -> str:
+    """Returns the recipe of one of `CASES` or `FEWER_CASES`."""
+    return RECIPE + {**CASES, **FEWER_CASES}[case]
+
+
 def stage_of(case: str) -> FederateSettings:
     """Returns the settings of a case."""
-    return recipes.load(RECIPE + {**CASES, **FEWER_CASES}[case]).stage[0]
+    return recipes.load(recipe_of(case)).stage[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,6 +35,10 @@ def test_the_workflow_runs_what_must_pass_for_every_commit():
         ("scripts/run", "digits"),
         ("scripts/test", "-m recipe"),
         ("scripts/test", "-n 0 -m deploy tests/deploy/test_network.py"),
+        (
+            "scripts/test",
+            '-n 0 -m deploy tests/deploy/test_engines_agree.py -k "not deployment"',
+        ),
     ]
 
 

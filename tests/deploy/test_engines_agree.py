@@ -52,7 +52,7 @@ def expected_of(case: str, folder: Path) -> tuple[Finished, Path | None]:
 
     Without random secrets all noise and keys follow from the seed: then there is no such folder.
     """
-    text = RECIPE + CASES[case]
+    text = engines.recipe_of(case)
     if not engines.has_secrets(case):
         return engines.expected(text), None
     found = engines.simulated(text, folder=folder / "local")
@@ -105,7 +105,7 @@ def test_the_comparison_sees_one_bit_and_one_byte():
 def test_messages_as_bytes_give_the_bits_bytes_and_records_of_messages_as_they_are(case, tmp_path):
     expected, folder = expected_of(case, tmp_path)
     assert not torch.equal(expected.records[0].params, expected.records[-1].params)
-    found = engines.simulated(RECIPE + CASES[case], LocalEngine(real_bytes=True), folder)
+    found = engines.simulated(engines.recipe_of(case), LocalEngine(real_bytes=True), folder)
     assert not list(engines.differences(expected, found))
     assert found.traffic == expected.traffic
 
@@ -117,7 +117,7 @@ def test_processes_give_the_bits_bytes_and_records_of_the_local_engine(case, tmp
     engine = ProcessEngine(2)
     try:
         # On disk, where the local engine had the clients' states in memory.
-        side = engines.bound(RECIPE + CASES[case], engine, folder or tmp_path / "states")
+        side = engines.bound(engines.recipe_of(case), engine, folder or tmp_path / "states")
         found = engines.finish(side)
         assert side.transport.num_workers == 2
     finally:
@@ -154,11 +154,11 @@ def ray_engine():
 
 @pytest.mark.deploy
 @needs_ray
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FEWER_CASES)
 def test_actors_give_the_bits_bytes_and_records_of_the_local_engine(case, ray_engine, tmp_path):
     expected, folder = expected_of(case, tmp_path)
     try:
-        found = engines.simulated(RECIPE + CASES[case], ray_engine, folder)
+        found = engines.simulated(engines.recipe_of(case), ray_engine, folder)
     finally:
         ray_engine.end_stage()
     assert not list(engines.differences(expected, found))
@@ -202,11 +202,11 @@ def test_a_deployment_gives_the_bits_bytes_and_records_of_the_local_engine(
 ):
     from tests.deploy.fleet import deployed, secrets_of
 
-    run = deployed(RECIPE + FEWER_CASES[case], link, tmp_path / "server", clients=engines.NAMES)
+    run = deployed(engines.recipe_of(case), link, tmp_path / "server", clients=engines.NAMES)
     found = engines.finish(run.side)
     # Each client has a random key for secure sums, and a deployment has no simulated delays.
     secrets = secrets_of(fleet, run, tmp_path / "local")
-    expected = engines.simulated(RECIPE + engines.without_delays(FEWER_CASES[case]), folder=secrets)
+    expected = engines.simulated(engines.without_delays(engines.recipe_of(case)), folder=secrets)
     assert not list(engines.differences(expected, found))
 
 
@@ -218,16 +218,16 @@ def test_a_deployment_in_which_the_first_answers_count_uses_as_many(case, fleet,
 
     # Which clients are first is a matter of time, so only their number can be compared.
     assert not engines.stage_of(case).schedule.waits_for_all
-    run = deployed(RECIPE + CASES[case], link, tmp_path / "server", clients=engines.NAMES)
+    run = deployed(engines.recipe_of(case), link, tmp_path / "server", clients=engines.NAMES)
     found = engines.finish(run.side).records
-    expected = engines.expected(RECIPE + CASES[case]).records
+    expected = engines.expected(engines.recipe_of(case)).records
     assert [len(one.clients) for one in found] == [len(one.clients) for one in expected]
     assert not any(one.refused for one in found)
 
 
 @pytest.mark.parametrize(("case", "reason"), REFUSED.items())
 def test_a_deployment_refuses_what_cannot_be_planned_over_a_network(case, reason):
-    loaded = recipes.load(RECIPE + CASES[case])
+    loaded = recipes.load(engines.recipe_of(case))
     state = first_state(loaded, load_data(loaded).without_clients())
     with pytest.raises(RecipeError, match=reason):
         bind(loaded.stage[0], replace(state, network=NoNetwork()))
