@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from fedpress.transport.flower import ServerLink
     from tests.deploy.fleet import Fleet
 
-# Sockets of connections that were broken are closed by the collector, in whichever test comes next.
-SOCKETS = "ignore:Exception ignored in. <ssl.SSLSocket:pytest.PytestUnraisableExceptionWarning"
-pytestmark = pytest.mark.filterwarnings(SOCKETS)
+# The collector closes what others left open, in whichever test comes next: sockets of broken connections, and the files
+# and processes that Ray started.
+LEFT_OPEN = "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
+pytestmark = pytest.mark.filterwarnings(LEFT_OPEN)
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="could not import 'ray'")
 needs_flower = pytest.mark.skipif(find_spec("flwr") is None, reason="could not import 'flwr'")
 
