@@ -251,7 +251,7 @@ class Client:
             return self._fit(down, state, key)
         # Catches every exception: a user's own network may raise anything. Under privacy, the fact
         # that it raised would say something about the examples.
-        except Exception as problem:
+        except (Exception, SystemExit) as problem:
             plan = self.plan.local.privacy
             batch = 0.0 if plan is None else plan.sampling_prob * len(self.arrays)
             measured = self.uplink.trust.after_failure(problem, batch)

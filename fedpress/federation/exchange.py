@@ -110,4 +110,9 @@ def error(reason: str) -> Message:
 
 def failure(problem: Exception) -> Message:
     """Returns the message that takes the place of an answer if its computation raised `problem`."""
-    return error(f"{type(problem).__name__}: {problem}")
+    try:
+        text = str(problem)
+    # The class may be a user's own, and a client that fails must not end the run.
+    except Exception:
+        text = "an error without a text"
+    return error(f"{type(problem).__name__}: {text}")

@@ -282,7 +282,7 @@ class _Stack:
         except torch.OutOfMemoryError:
             raise
         # Of any kind, because a user's network is run in a way that it was not written for.
-        except Exception as problem:
+        except (Exception, SystemExit) as problem:
             lines = str(problem).strip().splitlines() or [type(problem).__name__]
             raise CannotStackError(f"torch says: {lines[0]}") from problem
 

@@ -234,7 +234,7 @@ class Trust:
             header["examples"] = examples
         return header
 
-    def after_failure(self, problem: Exception, expected: float) -> dict[str, JSON]:
+    def after_failure(self, problem: Exception | SystemExit, expected: float) -> dict[str, JSON]:
         """Returns the measures of a client whose training failed, or raises an error.
 
         Under privacy a failure must not reveal anything about the data. If noise hides whether an

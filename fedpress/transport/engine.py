@@ -21,9 +21,9 @@ from fedpress.transport.actor import Side
 from fedpress.transport.local import LocalTransport
 from fedpress.transport.processes.engine import (
     ProcessEngine,
-    can_fork,
     device_of,
     open_processes,
+    why_no_fork,
 )
 from fedpress.transport.processes.settings import ProcessSettings
 from fedpress.transport.ray.engine import open_ray
@@ -147,7 +147,7 @@ class AutoEngine:
     On a GPU it trains several in one program, if that is faster.
 
     Attributes:
-        processes: starts the workers; None if this system cannot fork, or has one core.
+        processes: starts the workers; None if this process cannot fork, or has one core.
         latest: the engine of the current stage.
     """
 
@@ -177,7 +177,7 @@ class AutoEngine:
 def open_auto(settings: AutoSettings) -> Iterator[AutoEngine]:
     """Yields the engine, and ends its workers after the block."""
     workers = ProcessSettings().number
-    if workers == 1 or not can_fork():
+    if workers == 1 or why_no_fork():
         yield AutoEngine(None)
         return
     with open_processes(ProcessSettings()) as processes:

@@ -1,6 +1,6 @@
 import pytest
 
-from fedpress.federation.exchange import Traffic, exchange
+from fedpress.federation.exchange import Traffic, exchange, failure
 from fedpress.transport import LocalTransport
 from fedpress.wire import Message, pack, unpack
 
@@ -57,3 +57,11 @@ def test_an_exchange_with_nobody_is_empty(clients):
 def test_traffic_is_a_sum_and_a_difference_of_counters():
     assert Traffic(10, 7) - Traffic(4, 2) == Traffic(6, 5)
     assert Traffic(4, 2) + Traffic(up=1) == Traffic(5, 2)
+
+
+def test_a_failure_whose_text_cannot_be_made_is_told_by_its_name():
+    class Odd(Exception):
+        def __str__(self):
+            raise RuntimeError("no text")
+
+    assert failure(Odd()).header["reason"] == "Odd: an error without a text"

@@ -13,7 +13,7 @@ from fedpress.core.canonical import JSON
 from fedpress.core.examples import Arrays
 from fedpress.core.names import ClientId
 from fedpress.data.population import Population
-from fedpress.errors import DivergedError, FedpressError, RecipeError, WireError
+from fedpress.errors import DivergedError, FedpressError, RecipeError, TrainingError, WireError
 from fedpress.federation import Client, ClientPlan, ClientState
 from fedpress.federation.client_state import load_json
 from fedpress.federation.local import GradientSource, Outcome
@@ -91,8 +91,20 @@ class ClientSide:
 
         Raises:
             WireError: if the request is invalid, or this client has not agreed.
-            FedpressError: any error of `Client.answer`.
+            FedpressError: any error of `Client.answer`, or if the network calls `sys.exit`.
         """
+        try:
+            return self._answered(message)
+        # It is no `Exception`, so it would end the whole simulation, without a word.
+        except SystemExit as problem:
+            raise TrainingError(
+                f"the client's code has called sys.exit({problem.code!r})",
+                place=message.kind,
+                cure="raise an error in its place",
+            ) from problem
+
+    def _answered(self, message: Message) -> Message:
+        """See `answer`."""
         check_header(message.kind, message.header)
         if message.kind == "register":
             return self._register()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,12 +67,18 @@ class ProcessEngine:
         self.latest = None
 
 
-def can_fork() -> bool:
-    """Returns whether worker processes can be forked on this system.
-
-    macOS has forks, but some of its libraries crash after one.
-    """
-    return hasattr(os, "fork") and os.uname().sysname == "Linux"
+def why_no_fork() -> str:
+    """Returns why this process cannot fork worker processes; "" if it can."""
+    # macOS has forks, but some of its libraries crash after one.
+    if not hasattr(os, "fork") or os.uname().sysname != "Linux":
+        return "worker processes are forks, which need Linux"
+    # Python lets no such process start others, because it would end without waiting for them.
+    if multiprocessing.current_process().daemon:
+        return (
+            "this process is a worker of `multiprocessing` itself (a daemon), and Python lets it "
+            "start no others"
+        )
+    return ""
 
 
 def device_of(clients: Mapping[ClientId, Side]) -> torch.device:
@@ -85,11 +92,11 @@ def open_processes(settings: ProcessSettings) -> Iterator[ProcessEngine]:
     """Yields the engine, and ends its workers after the block.
 
     Raises:
-        RunError: if this system cannot fork processes.
+        RunError: if this process cannot fork others.
     """
-    if not can_fork():
+    if why := why_no_fork():
         raise RunError(
-            "worker processes are forks, which need Linux",
+            why,
             place="engine",
             cure=("give ", Argument("engine", "local"), " or ", Argument("engine", "ray")),
         )

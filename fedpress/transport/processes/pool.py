@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
+import time
 import warnings
 import weakref
 from collections import deque
@@ -13,9 +15,12 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import cast
 
 from fedpress.core.log import logger
 from fedpress.core.names import ClientId
+from fedpress.errors import Argument, RunError
 from fedpress.federation import DiskState
 from fedpress.federation.exchange import RequestId
 from fedpress.federation.gatherer import Part
@@ -39,6 +44,10 @@ SHORT = 1 << 14
 """Longest job in bytes that fits into a pipe from which nobody reads."""
 ROOM = 1 << 20
 """Bytes that each slot has for small tensors."""
+CHECK = 10.0
+"""Seconds without a result after which the workers are looked at, and again after as many."""
+IDLE = 60.0
+"""Seconds for which a worker with a request uses no processor time before that is told."""
 
 
 @dataclass(eq=False)
@@ -84,11 +93,17 @@ class Worker:
         process: the process.
         pipe: takes jobs, and brings results.
         working: the requests that it has, in the order in which it answers them.
+        ticks: processor time that it had used when it was last looked at, in ticks of the system.
+        since: time of `time.monotonic` at which that number was seen first.
+        told: whether it was told that this number does not grow.
     """
 
     process: ForkProcess
     pipe: Connection
     working: deque[Request] = field(default_factory=deque)
+    ticks: int = -1
+    since: float = 0.0
+    told: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +158,7 @@ class Pool:
             first: a request. Shared memory is planned for messages of its size.
 
         Raises:
-            RunError: if the system has too little shared memory.
+            RunError: if the system has too little shared memory, or gives no process.
         """
         size = sum(tensor.numel() * tensor.element_size() for tensor in first.tensors.values())
         self._inherited = replace(
@@ -159,13 +174,26 @@ class Pool:
 
     def _forked(self) -> Worker:
         assert self._life is not None
-        ours, theirs = connection.Pipe()
-        arguments = (theirs, self._life, self._inherited)
-        process = get_context("fork").Process(target=work, args=arguments, daemon=True)
-        with warnings.catch_warnings():
-            # Python warns of forks beside threads. The workers use none of this process's locks.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            process.start()
+        try:
+            ours, theirs = connection.Pipe()
+            arguments = (theirs, self._life, self._inherited)
+            process = get_context("fork").Process(target=work, args=arguments, daemon=True)
+            with warnings.catch_warnings():
+                # Python warns of forks beside threads. Workers use none of this process's locks.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
+        # Too many processes or open files, or too little memory.
+        except OSError as problem:
+            raise RunError(
+                f"the system gives no worker process ({problem})",
+                place="engine",
+                cure=(
+                    "take fewer ",
+                    Argument("engine.workers"),
+                    ", or ",
+                    Argument("engine", "local"),
+                ),
+            ) from problem
         # Only the worker has this end now, so that its death closes the pipe.
         theirs.close()
         return Worker(process, ours)
@@ -227,8 +255,8 @@ class Pool:
         found: list[tuple[Request, Result]] = []
         lost: list[Request] = []
         by_pipe = {worker.pipe: worker for worker in self.workers}
-        for pipe in connection.wait(list(by_pipe), timeout):
-            worker = by_pipe[pipe]  # type: ignore[index]
+        for pipe in self._ready(timeout):
+            worker = by_pipe[pipe]
             try:
                 done: Done = pickle.loads(worker.pipe.recv_bytes())
             except (EOFError, OSError):
@@ -237,6 +265,18 @@ class Pool:
             request = worker.working.popleft()
             found.append((request, self._read(request, done)))
         return found, lost
+
+    def _ready(self, timeout: float | None) -> list[Connection]:
+        """Waits, and returns the pipes of workers that have a result, or have ended."""
+        pipes = [worker.pipe for worker in self.workers]
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            left = max(0.0, end - time.monotonic())
+            ready = connection.wait(pipes, min(left, CHECK))
+            if ready or left <= CHECK:
+                return cast("list[Connection]", ready)
+            for worker in self.workers:
+                _tell_if_idle(worker)
 
     def _read(self, request: Request, done: Done) -> Result:
         """Returns a result, whose tensors stay where they are."""
@@ -291,3 +331,37 @@ class Pool:
             os.close(self._life[1])
             self._life = None
         return left
+
+
+def _tell_if_idle(worker: Worker) -> None:
+    """Logs once that a worker with a request has used no processor time for `IDLE` seconds.
+
+    It may be stopped, or wait for something that does not come, such as a thread of the server's
+    process: a fork has none of them. It may also rightly wait, so it is not ended here.
+    """
+    try:
+        # After the name in brackets: the state, and as 11th and 12th of what follows it the ticks
+        # of the program and of the system for it.
+        text = Path(f"/proc/{worker.process.pid}/stat").read_text("ascii", "replace")
+        state, *numbers = text.rpartition(")")[2].split()
+        ticks = int(numbers[10]) + int(numbers[11])
+    except (OSError, ValueError, IndexError):
+        return
+    now = time.monotonic()
+    if ticks != worker.ticks or not worker.working:
+        worker.ticks, worker.since, worker.told = ticks, now, False
+        return
+    if worker.told or now - worker.since < IDLE:
+        return
+    worker.told = True
+    pid = worker.process.pid
+    stopped = f"it is stopped; `kill -CONT {pid}` lets it go on" if state == "T" else "it waits"
+    log.warning(
+        "worker process %d has not computed for %.0f s while it worked for %s: %s; "
+        "`kill -9 %d` lets another worker take its place, and engine='local' needs none",
+        pid,
+        now - worker.since,
+        ", ".join(client for client, _ in worker.working[0].calls[:3]),
+        stopped,
+        pid,
+    )

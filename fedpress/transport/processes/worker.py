@@ -7,8 +7,10 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedpress.core.canonical import JSON
+from fedpress.core.compiler import postpone_compiler
 from fedpress.core.names import ClientId
 from fedpress.federation import InMemoryState
 from fedpress.federation.aggregators.base import Total
@@ -218,6 +221,9 @@ def work(pipe: Connection, life: tuple[int, int], inherited: Inherited) -> None:
     # not copy.
     torch.set_num_threads(1)
     _keep_freed_memory()
+    # Else each worker, also one that takes the place of another, would import torch's compiler for
+    # its first client, which takes much longer than starting all workers.
+    postpone_compiler()
     os.close(life[1])
     threading.Thread(target=_end_with_server, args=(life[0],), daemon=True).start()
     # The server's handlers may write to a terminal whose lock another thread held at the fork.
@@ -227,7 +233,9 @@ def work(pipe: Connection, life: tuple[int, int], inherited: Inherited) -> None:
     while True:
         try:
             job: Job = pickle.loads(pipe.recv_bytes())
-            pipe.send_bytes(pickle.dumps(inherited.done(job, log)))
+            done = pickle.dumps(inherited.done(job, log))
+            _flush_printed()
+            pipe.send_bytes(done)
         # The server's process has closed the pipe.
         except (EOFError, OSError):
             return
@@ -244,6 +252,14 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, 1 << 30)
         mallopt(M_MMAP_THRESHOLD, 32 << 20)
+
+
+def _flush_printed() -> None:
+    """Writes out what the clients' code has printed: workers end by a kill, which would lose it."""
+    for stream in (sys.stdout, sys.stderr):
+        # None in a program without a terminal; closed, or on a full disk, it must end no worker.
+        with suppress(Exception):
+            stream.flush()
 
 
 def _end_with_server(life: int) -> None:

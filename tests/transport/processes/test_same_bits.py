@@ -1,13 +1,14 @@
 """Rounds in worker processes end in the bits, bytes and records of rounds in one process."""
 
 import os
+import sys
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from fedpress.core import parameters
-from fedpress.federation import Start
+from fedpress.federation import Client, Start
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.federate.binding import bind
@@ -180,3 +181,24 @@ def test_a_client_that_ends_its_worker_is_left_out_and_its_block_is_used(monkeyp
     assert expected[2] == found[2]
     assert "c3" not in found[2]
     assert "exit code 3" in caplog.text
+
+
+def test_a_client_whose_code_calls_exit_is_refused_and_ends_nothing(monkeypatch):
+    loaded = recipes.load(SMALL)
+    fit = Client._fit
+
+    def exiting(self, *rest):
+        if self.name == "c3":
+            sys.exit("enough")
+        return fit(self, *rest)
+
+    monkeypatch.setattr(Client, "_fit", exiting)
+    expected = finished(loaded, LocalEngine())
+    engine = ProcessEngine(2)
+    try:
+        assert_same(expected, finished(loaded, engine))
+    finally:
+        engine.end_stage()
+    for record in expected[0][1:]:
+        assert list(record.refused) == ["c3"]
+        assert "called sys.exit('enough')" in record.refused["c3"]

@@ -1,8 +1,11 @@
 """Clients in worker processes: the same answers in the same order, and what happens when a worker dies."""
 
 import logging
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -17,6 +20,7 @@ from fedpress.federation.client_state import load_json, save_json
 from fedpress.federation.exchange import exchange
 from fedpress.transport.engine import AutoEngine, engine_settings, open_engine
 from fedpress.transport.local import LocalTransport
+from fedpress.transport.processes import pool as pool_module
 from fedpress.transport.processes import settings as settings_module
 from fedpress.transport.processes.engine import ProcessEngine
 from fedpress.transport.processes.transport import ProcessTransport
@@ -48,6 +52,10 @@ class Side:
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "raise":
             raise ValueError("no")
+        if what == "print":
+            print("printed by", self.name)
+        if what == "optimizer":
+            torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
         if what == "log":
             logging.getLogger("fedpress.there").warning("from %s", self.name)
         time.sleep(message.header.get("seconds", {}).get(self.name, 0))
@@ -58,6 +66,7 @@ class Side:
             "asked": asked,
             "pid": os.getpid(),
             "threads": torch.get_num_threads(),
+            "compiler": "torch._dynamo" in sys.modules,
         }
         return Message("update", header, {k: t + asked for k, t in message.tensors.items()})
 
@@ -209,6 +218,37 @@ def test_what_a_client_logs_is_logged_here(connect, caplog):
     assert [r.getMessage() for r in caplog.records if r.name == "fedpress.there"] == ["from b"]
 
 
+def test_what_a_client_prints_is_written_though_workers_are_killed(connect, tmp_path, monkeypatch):
+    # A file, and no terminal: Python would keep the lines until the process ends by itself.
+    with (tmp_path / "out").open("w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        transport = connect(sides())
+        ask(transport, fit(do={"b": "print", "h": "print"}))
+        transport.close()
+        printed = (tmp_path / "out").read_text().splitlines()
+    assert sorted(printed) == ["printed by b", "printed by h"]
+
+
+OPTIMIZER = """
+import sys
+sys.path.insert(0, {folder!r})
+from test_transport import ProcessTransport, ask, fit, sides
+transport = ProcessTransport(sides("ab"), 2)
+for _, reply in ask(transport, fit(do=dict.fromkeys("ab", "optimizer"))):
+    print(reply.kind, reply.header["compiler"])
+transport.close()
+"""
+
+
+@pytest.mark.recipe
+def test_no_worker_imports_the_compiler_for_its_first_optimizer():
+    script = OPTIMIZER.format(folder=os.path.dirname(__file__))
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.splitlines() == ["update False"] * 2
+
+
 def test_an_answer_that_is_too_long_is_refused(connect):
     replies = ask(connect(sides("ab"), max_bytes=2000), fit())
     assert {reply.kind for _, reply in replies} == {"error"}
@@ -309,3 +349,68 @@ def test_a_gpu_needs_another_engine():
     with pytest.raises(RunError, match=r"compute on the CPU, and the device is meta; give engine="):
         ProcessEngine(2).connect(clients, dict)
     assert isinstance(AutoEngine(ProcessEngine(2)).connect(clients, dict), StackedTransport)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGSTOP, None])
+def test_a_worker_that_does_not_compute_is_told_once_and_not_ended(
+    kind, connect, monkeypatch, caplog
+):
+    monkeypatch.setattr(pool_module, "CHECK", 0.02)
+    monkeypatch.setattr(pool_module, "IDLE", 0.15)
+    transport = connect(sides("ab"), workers=1)
+    (_, reply), _ = ask(transport, fit())
+    # Stopped by a signal; or it waits for something, here for a while.
+    if kind:
+        os.kill(reply.header["pid"], kind)
+    number = transport.send("a", fit(seconds={} if kind else {"a": 0.8}))
+    assert transport.receive([number], 0.5) is None
+    told = [r.getMessage() for r in caplog.records if "has not computed" in r.getMessage()]
+    assert len(told) == 1
+    assert f"worker process {reply.header['pid']} has not" in told[0]
+    assert "it worked for a: " + ("it is stopped; `kill -CONT" if kind else "it waits") in told[0]
+    if kind:
+        os.kill(reply.header["pid"], signal.SIGCONT)
+    answer = transport.receive([number])
+    assert (answer[2].header["asked"], answer[2].header["pid"]) == (2, reply.header["pid"])
+
+
+def test_a_worker_that_computes_is_not_told(connect, monkeypatch, caplog):
+    monkeypatch.setattr(pool_module, "CHECK", 0.02)
+    monkeypatch.setattr(pool_module, "IDLE", 0.15)
+
+    class Busy(Side):
+        def answer(self, message):
+            end = time.process_time() + 0.3
+            while time.process_time() < end:
+                pass
+            return super().answer(message)
+
+    ask(connect({"a": Busy("a")}, workers=1), fit())
+    assert "has not computed" not in caplog.text
+
+
+@pytest.mark.parametrize("problem", [BlockingIOError(11, "no more"), OSError(24, "Too many files")])
+def test_a_system_that_gives_no_process_is_told_with_the_way_round(problem, connect, monkeypatch):
+    def refused():
+        raise problem
+
+    transport = connect(sides("a"))
+    monkeypatch.setattr(os, "fork", refused)
+    with pytest.raises(
+        RunError, match=r"engine: the system gives no worker process .*engine=\"local\""
+    ):
+        ask(transport, fit())
+
+
+def test_a_daemon_of_multiprocessing_works_without_workers(monkeypatch):
+    monkeypatch.setattr(settings_module, "cores", lambda: 2)
+    with open_engine(engine_settings("auto")) as engine:
+        assert engine.processes is not None
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    with open_engine(engine_settings("auto")) as engine:
+        assert engine.processes is None
+    with (
+        pytest.raises(RunError, match=r"a worker of `multiprocessing`.* give engine=\"local\""),
+        open_engine(engine_settings("processes")),
+    ):
+        pass
