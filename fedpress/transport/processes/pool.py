@@ -348,7 +348,8 @@ def _tell_if_idle(worker: Worker) -> None:
     except (OSError, ValueError, IndexError):
         return
     now = time.monotonic()
-    if ticks != worker.ticks or not worker.working:
+    # In state "R" it computes, or would if a core were free.
+    if ticks != worker.ticks or state == "R" or not worker.working:
         worker.ticks, worker.since, worker.told = ticks, now, False
         return
     if worker.told or now - worker.since < IDLE:
