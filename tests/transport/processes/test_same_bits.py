@@ -185,14 +185,14 @@ def test_a_client_that_ends_its_worker_is_left_out_and_its_block_is_used(monkeyp
 
 def test_a_client_whose_code_calls_exit_is_refused_and_ends_nothing(monkeypatch):
     loaded = recipes.load(SMALL)
-    fit = Client._fit
+    answer = Client.answer
 
-    def exiting(self, *rest):
-        if self.name == "c3":
+    def exiting(self, message):
+        if self.name == "c3" and message.kind == "fit":
             sys.exit("enough")
-        return fit(self, *rest)
+        return answer(self, message)
 
-    monkeypatch.setattr(Client, "_fit", exiting)
+    monkeypatch.setattr(Client, "answer", exiting)
     expected = finished(loaded, LocalEngine())
     engine = ProcessEngine(2)
     try:

@@ -406,7 +406,7 @@ def test_a_daemon_of_multiprocessing_works_without_workers(monkeypatch):
     monkeypatch.setattr(settings_module, "cores", lambda: 2)
     with open_engine(engine_settings("auto")) as engine:
         assert engine.processes is not None
-    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
     with open_engine(engine_settings("auto")) as engine:
         assert engine.processes is None
     with (
