@@ -35,10 +35,17 @@ from fedpress.codecs.rate import (
     bit_budget,
     find_step,
     rms,
+    sample_positions,
     scaled_step,
 )
 from fedpress.errors import WireError
 from fedpress.wire.packing import SizeEstimator, estimate_bits
+
+MIN_SAMPLED = 4096
+"""A sample of a vector of zeros has at least so many other values."""
+
+MAX_SPARSE_STEP = 4.0
+"""Largest step for values of at most 1, next to zeros that have a level of their own."""
 
 SIDE_BYTES = 40
 """Approximate bytes of the side tensors, without the content of `scales`."""
@@ -94,12 +101,15 @@ class DitheredQuantizer:
         """Returns levels [phases, n / phases] and the side tensors `scales` and `grid`.
 
         `scales` has an exponent for each block (see `MAX_EXPONENT`); `grid` is [largest absolute
-        value, median scale, noise level]. If at least half of `x` is zero, see `_encode_sparse`.
+        value, median scale, noise level]. If at least half of `x` is zero, see `_encode_sparse`;
+        unless the positions of the zeros alone would take more than the rate.
         """
         values, peak = as_array(x, self.size)
         # Comparing first is several times as fast as counting floats that are not zero.
         if np.count_nonzero(values == 0) * 2 >= self.size:
-            return self._encode_sparse(values, peak, key)
+            sparse = self._encode_sparse(values, peak, key)
+            if sparse is not None:
+                return sparse
         picked = self._pick(values, key)
         phases = self.rows
         # Padded with zeros: the matrix [phases, n / phases] needs a full last column.
@@ -250,33 +260,63 @@ class DitheredQuantizer:
         run = np.arange(self.block // self.rows * self.rows)
         return (starts[:, None] + run).reshape(-1)
 
-    def _encode_sparse(self, values: Floats, peak: float, key: Key) -> Encoded:
+    def _encode_sparse(self, values: Floats, peak: float, key: Key) -> Encoded | None:
         """Encodes a vector of which at least half of the values are zero, for example after top-k.
 
         Zeros get level 0 and no dither. Other values must not use that level, so their levels
         0, 1, 2, ... are sent as 1, 2, 3, ... (negative levels stay).
-        """
-        nonzero = np.flatnonzero(values)
-        if not len(nonzero):
-            return Encoded(torch.zeros(self.size, dtype=torch.int8), {"grid": torch.ones(1)})
-        y = values[nonzero] / np.float32(peak)
-        # Drawn for all positions and then chosen, because the decoder does the same.
-        u = self.dither(self.size, key)[nonzero]
 
-        def levels(step: float) -> Ints:
-            q = np.zeros(self.size, smallest_type(1 / step + 2))
-            rounded = np.rint(y / np.float32(step) + u)
-            # Level 0 stands for the zeros alone.
-            q[nonzero] = rounded + (rounded >= 0)
-            return q
+        Returns:
+            The levels and the side tensor `grid`; None if the rate is too low for them.
+        """
+        if not peak:
+            return Encoded(torch.zeros(self.size, dtype=torch.int8), {"grid": torch.ones(1)})
+        y = values / np.float32(peak)
+        # Drawn for all positions and then chosen, because the decoder does the same.
+        dither = self.dither(self.size, key)
+        whole = sample = _SparseLevels.of(y, dither)
+        if self.size > FULL_SIZE:
+            at = sample_positions(y)
+            # Of a few values a sample would say nothing, and all are coded quickly.
+            if np.count_nonzero(y[at]) >= MIN_SAMPLED:
+                sample = _SparseLevels.of(y[at], dither[at])
+        step = self._sparse_step(whole, sample)
+        if step is None:
+            # After top-k zeros shall stay zeros, even if their positions take more than the rate.
+            if len(whole.nonzero) > self.size // 4:
+                return None
+            step = MAX_SPARSE_STEP
+        grid = torch.tensor([scaled_step(step, peak)], dtype=torch.float32)
+        return Encoded(torch.from_numpy(whole(step)), {"grid": grid})
+
+    def _sparse_step(self, whole: _SparseLevels, sample: _SparseLevels) -> float | None:
+        """Returns the step at which the levels of `whole` take `rate` bits a value.
+
+        Args:
+            whole: the levels of all values.
+            sample: those of a part of them; or `whole` itself.
+
+        Returns:
+            The step; None if even the largest one, with levels -1, 0 and 1, takes more bits.
+        """
+        share = sample.size / whole.size
+        estimator = SizeEstimator(share=share)
 
         def bits(step: float) -> float:
-            return estimate_bits(levels(step))
+            return estimator.bits(sample(step))
 
-        budget = bit_budget(self.rate, self.size)
-        step = float(np.float32(find_step(bits, budget, rms(y), self.size, 4.0)))
-        grid = torch.tensor([scaled_step(step, peak)], dtype=torch.float32)
-        return Encoded(torch.from_numpy(levels(step)), {"grid": grid})
+        budget = bit_budget(self.rate, whole.size) * share
+        if bits(MAX_SPARSE_STEP) > budget:
+            return None
+        step = find_step(bits, budget, rms(sample.values), sample.size, MAX_SPARSE_STEP)
+        for _ in range(2):
+            target = budget
+            if sample is not whole:
+                # As in `RateQuantizer`: the whole takes more or fewer bits than its sample.
+                target /= estimator.ratio(whole(step), sample(step))
+            estimator.forget()
+            step = find_step(bits, target, step, sample.size, MAX_SPARSE_STEP)
+        return float(np.float32(step))
 
     def _decode_sparse(self, x: Encoded, key: Key) -> Floats:
         q = checked_levels(x, (self.size,), ("grid",))
@@ -368,6 +408,37 @@ class DitheredQuantizer:
         inside = places < self.size
         out[places[inside]] = picked[inside]
         return out
+
+
+@dataclass(frozen=True, eq=False)
+class _SparseLevels:
+    """The levels of values of which many are zero, for any step.
+
+    Attributes:
+        size: number of values.
+        nonzero: positions of those that are not zero.
+        values: those values.
+        dither: their dither.
+    """
+
+    size: int
+    nonzero: NDArray[np.intp]
+    values: Floats
+    dither: Floats
+
+    @classmethod
+    def of(cls, y: Floats, dither: Floats) -> _SparseLevels:
+        """Takes the values [n] and their dither [n]."""
+        nonzero = np.flatnonzero(y)
+        return cls(len(y), nonzero, y[nonzero], dither[nonzero])
+
+    def __call__(self, step: float) -> Ints:
+        """Returns the levels [n]."""
+        q = np.zeros(self.size, smallest_type(1 / step + 2))
+        rounded = np.rint(self.values / np.float32(step) + self.dither)
+        # Level 0 stands for the zeros alone.
+        q[self.nonzero] = rounded + (rounded >= 0)
+        return q
 
 
 def _exponent_bits(exponents: NDArray[np.int8]) -> float:

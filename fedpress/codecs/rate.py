@@ -301,13 +301,17 @@ def rms(values: Floats) -> float:
 
 
 def _sample(values: Floats) -> Floats:
-    """Returns a sample whose packed bits per value are about those of all `values`.
+    """Returns a sample whose packed bits per value are about those of all `values`."""
+    return values if values.size <= FULL_SIZE else values[sample_positions(values)]
+
+
+def sample_positions(values: Floats) -> NDArray[np.intp]:
+    """Returns the positions of a sample of more than `FULL_SIZE` values.
 
     The sample consists of runs of neighbours, because the entropy coder profits from neighbours of
     similar size. Small and large runs are as frequent as in the whole vector.
     """
-    if values.size <= FULL_SIZE:
-        return values
     runs = values[: values.size // RUN_LENGTH * RUN_LENGTH].reshape(-1, RUN_LENGTH)
     magnitudes = np.abs(runs) @ np.ones(RUN_LENGTH, np.float32)
-    return runs[stratified_positions(magnitudes, NUM_RUNS)].reshape(-1)
+    chosen = stratified_positions(magnitudes, NUM_RUNS)
+    return (chosen[:, None] * RUN_LENGTH + np.arange(RUN_LENGTH)).reshape(-1)

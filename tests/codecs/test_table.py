@@ -117,7 +117,8 @@ def test_promised_bounds_hold_on_many_inputs(row):
         values = encode_chain(chain, x, key(round=trial + 1))[VALUES]
         assert values.shape == (end.size,) or row not in ADDITIVE
         assert float(values.double().norm()) <= end.l2 * (1 + 1e-6)
-        assert float(values.double().abs().max()) <= end.linf * (1 + 1e-6)
+        # `lossless` sends nothing of a vector of zeros.
+        assert max(values.double().abs().flatten().tolist(), default=0.0) <= end.linf * (1 + 1e-6)
         assert values.is_floating_point() != end.integer
 
 
