@@ -75,9 +75,8 @@ class _Latest:
     while. A tensor is the same only if it is the same object, since nobody changes a message.
     """
 
-    header: str = ""
-    tensors: Sequence[weakref.ref[Tensor]] = ()
-    value: str = ""
+    # Header, tensors and fingerprint, replaced together, so that no thread sees half of a change.
+    known: tuple[str, Sequence[weakref.ref[Tensor]], str] = ("", (), "")
 
     def fingerprint(self, message: Message) -> str:
         """Returns the digest of header and tensors; it does not depend on their order."""
@@ -85,12 +84,13 @@ class _Latest:
         tensors = [message.tensors[name] for name in sorted(message.tensors)]
         # As text, in which 1 and True differ.
         header = repr((items, sorted(message.tensors)))
-        same = header == self.header and len(tensors) == len(self.tensors)
-        if same and all(ref() is tensor for ref, tensor in zip(self.tensors, tensors, strict=True)):
-            return self.value
-        self.value = random.fingerprint(items, *tensors)
-        self.header, self.tensors = header, [weakref.ref(tensor) for tensor in tensors]
-        return self.value
+        known_header, known_tensors, value = self.known
+        same = header == known_header and len(tensors) == len(known_tensors)
+        if same and all(ref() is one for ref, one in zip(known_tensors, tensors, strict=True)):
+            return value
+        value = random.fingerprint(items, *tensors)
+        self.known = (header, [weakref.ref(one) for one in tensors], value)
+        return value
 
 
 _asked = _Latest()
