@@ -12,7 +12,7 @@ from torch import Tensor
 from fedpress.codecs import Key
 from fedpress.core import random
 from fedpress.core.canonical import JSON
-from fedpress.core.finite import norm
+from fedpress.core.finite import CHUNK, norm
 from fedpress.core.names import ClientId
 from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.federation.aggregators.base import (
@@ -22,7 +22,6 @@ from fedpress.federation.aggregators.base import (
     Session,
     Total,
 )
-from fedpress.federation.aggregators.mean import CHUNK
 from fedpress.federation.failures import Tally
 from fedpress.federation.protocol import check_header, need, refusal_of
 from fedpress.federation.uplink import Uplink

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedpress.codecs import Bound, Key
 from fedpress.core.canonical import JSON
+from fedpress.core.finite import CHUNK
 from fedpress.core.names import ClientId
 from fedpress.federation.aggregators.base import Contribution, Total, Weights
 from fedpress.federation.exchange import Transport
@@ -80,10 +81,6 @@ def block_size(cohort: int) -> int:
     (1, 32)
     """
     return max(1, -(-cohort // BLOCKS))
-
-
-CHUNK = 1 << 16
-"""Number of values that are converted to float64 at a time, so that they stay in the cache."""
 
 
 def _add_scaled_(total: Tensor, vector: Tensor, weight: float) -> None:

@@ -8,13 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fedpress.core.finite import is_finite
+from fedpress.core.finite import CHUNK, exact_norm, is_finite
 from fedpress.core.random_source import Source, as_random_source
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.plan import PrivacyPlan
-
-CHUNK = 1 << 16
-"""Number of values that are converted to float64 at a time."""
 
 GRID_BITS = 30
 """The grid of exact noise is 2^-31 to 2^-30 times the standard deviation of the noise."""
@@ -51,10 +48,8 @@ def clip(update: Tensor, clip_norm: float) -> Tensor:
     """
     if not 0 < clip_norm < math.inf:
         raise RecipeError(f"got {clip_norm}, expected a finite number above 0", place="clip_norm")
-    # In float32, squares of values above 1e19 overflow, and sums of millions of squares are too
-    # small.
     exact = update.detach().reshape(-1)
-    norm = _norm(exact)
+    norm = exact_norm(exact)
     # A finite norm needs no second pass. The norm of float64 values may overflow, though all of
     # them are finite.
     if not norm < math.inf and not is_finite(exact):
@@ -70,17 +65,10 @@ def clip(update: Tensor, clip_norm: float) -> Tensor:
     shrink = 1.0
     while True:
         clipped = _scaled(exact, shrink * clip_norm / norm)
-        if _norm(clipped) <= clip_norm:
+        if exact_norm(clipped) <= clip_norm:
             return clipped.reshape(update.shape)
         # Rounding to float32 has exceeded the bound: shrink by 2^-24, then by 3, 7, ... times that.
         shrink = max(0.0, 2 * shrink - 1 - 2.0**-24)
-
-
-def _norm(flat: Tensor) -> float:
-    """Returns the L2 norm of [n], with squares and their sum in float64."""
-    # Only some values at a time are converted: twice as quick as torch's norm with a float64 dtype.
-    parts = [wide.dot(wide) for wide in map(Tensor.double, flat.split(CHUNK))]
-    return math.sqrt(float(torch.stack(parts).sum())) if parts else 0.0
 
 
 def _scaled(flat: Tensor, factor: float) -> Tensor:

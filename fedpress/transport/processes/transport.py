@@ -122,12 +122,10 @@ class ProcessTransport:
         if first is None:
             return None
         request = self._open[first]
-        if request in self._waiting and self._stays_here(request):
-            self._waiting.remove(request)
-            began = time.monotonic()
-            self._results[first] = self._answered_here(request)
-            self._patience -= time.monotonic() - began
-        elif request.calls[0][1].message.kind not in WORK:
+        if (
+            not self._answers_while_patient(request)
+            and request.calls[0][1].message.kind not in WORK
+        ):
             self._results[first] = self._answered_here(request)
         end = None if timeout is None else time.monotonic() + timeout
         while first not in self._results:
@@ -173,12 +171,7 @@ class ProcessTransport:
     def _parts_of(self, block: Request) -> Iterator[Part]:
         """Yields the sum over a block; or the sums over its parts, if it had to be divided."""
         while block.number not in self._results and block.number not in self._divided:
-            if block in self._waiting and self._stays_here(block):
-                self._waiting.remove(block)
-                began = time.monotonic()
-                self._results[block.number] = self._answered_here(block)
-                self._patience -= time.monotonic() - began
-            else:
+            if not self._answers_while_patient(block):
                 self._progress(None)
         for piece in self._divided.pop(block.number, ()):
             yield from self._parts_of(piece)
@@ -186,6 +179,16 @@ class ProcessTransport:
             part = self._delivered(block)
             assert isinstance(part, Part)
             yield part
+
+    def _answers_while_patient(self, request: Request) -> bool:
+        """Answers a waiting request here if it stays here, and returns whether it did."""
+        if request not in self._waiting or not self._stays_here(request):
+            return False
+        self._waiting.remove(request)
+        began = time.monotonic()
+        self._results[request.number] = self._answered_here(request)
+        self._patience -= time.monotonic() - began
+        return True
 
     def _stays_here(self, request: Request) -> bool:
         """Whether this process answers a request; if not, there are workers afterwards."""
