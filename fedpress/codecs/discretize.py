@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedpress.codecs.base import Bound, Encoded, Key, check_values
+from fedpress.core.finite import CHUNK
+from fedpress.core.random_source import RandomSource
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.noise.skellam import rounded_sensitivity
 
@@ -142,21 +144,32 @@ class BoundDiscretize:
             PrivacyError: if no draw is within the L2 bound. Then `x` itself is longer than the
                 bound that `bind` got.
         """
-        # In float64: at large scales float32 has too few bits for the fraction.
-        exact = x.double().clamp(-self.limit, self.limit) * self.scale
-        down = exact.floor()
-        fraction = exact - down
-        # The private stream, because whoever knows the random numbers learns more about each value.
         for attempt in range(TRIES):
-            coins = key.private_stream("discretize", attempt).uniform(self.size)
-            rounded = down + (coins < fraction)
-            if float(torch.linalg.vector_norm(rounded)) <= self.length:
-                return Encoded(rounded.long())
+            # The private stream, because whoever knows the random numbers learns more about each
+            # value.
+            rounded, length = self._rounded(x, key.private_stream("discretize", attempt))
+            if length <= self.length:
+                return Encoded(rounded)
         raise PrivacyError(
             f"none of {TRIES} roundings is within the L2 bound",
             place="values",
             cure="encode a vector within the L2 bound of the transform before, such as 'clip'",
         )
+
+    def _rounded(self, x: Tensor, chance: RandomSource) -> tuple[Tensor, float]:
+        """Returns `x` rounded to the grid, int64 [d], and its L2 norm in grid steps."""
+        rounded = torch.empty(self.size, dtype=torch.int64)
+        square = 0.0
+        # A chunk stays in the processor's cache from one step to the next.
+        for part, out in zip(x.split(CHUNK), rounded.split(CHUNK), strict=True):
+            # In float64: at large scales float32 has too few bits for the fraction.
+            exact = part.double().clamp_(-self.limit, self.limit).mul_(self.scale)
+            down = exact.floor()
+            goes_up = chance.uniform(len(part)) < exact.sub_(down)
+            whole = down.add_(goes_up)
+            square += float(whole.dot(whole))
+            out.copy_(whole)
+        return rounded, math.sqrt(square)
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
         """Returns float32 [d], also for a sum of several clients' vectors."""

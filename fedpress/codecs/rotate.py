@@ -13,7 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedpress.codecs.base import Bound, Encoded, Key, check_values
+from fedpress.core.finite import CHUNK
 from fedpress.errors import RecipeError
+
+FACTOR = 4
+"""Logarithm to base 2 of the largest order of a matrix that is multiplied with at once."""
 
 
 class Rotate(BaseModel):
@@ -106,7 +110,7 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     """Returns the orthonormal Walsh-Hadamard transform of every `block` values; its own inverse.
 
     The Hadamard matrix of order 2^(a+b) is the Kronecker product of the matrices of order 2^a and
-    2^b. So two products with small matrices replace a product with a matrix [block, block].
+    2^b. So products with small matrices replace a product with a matrix [block, block].
 
     Args:
         x: values [k * block].
@@ -115,13 +119,29 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     >>> hadamard(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
+    out = torch.empty_like(x)
+    # A chunk stays in the processor's cache from one product to the next.
+    size = max(block, CHUNK)
+    for part, done in zip(x.split(size), out.split(size), strict=True):
+        done.copy_(_rotated(part, block))
+    return out
+
+
+def _rotated(x: Tensor, block: int) -> Tensor:
+    """Returns `hadamard` of one chunk."""
     bits = block.bit_length() - 1
-    rows = 1 << bits // 2
-    columns = 1 << bits - bits // 2
-    left = _matrix(rows).to(x.dtype)
-    right = _matrix(columns).to(x.dtype)
-    by_columns = (x.reshape(-1, columns) @ right).view(-1, rows, columns)
-    return (left @ by_columns).reshape(-1)
+    below = 0
+    while below < bits:
+        # Small matrices, since a product with order 2^n does n/2 times as much arithmetic as n
+        # products with order 2; but each product reads and writes all values once.
+        step = min(FACTOR, bits - below)
+        matrix = _matrix(1 << step).to(x.dtype)
+        if below:
+            x = matrix @ x.reshape(-1, 1 << step, 1 << below)
+        else:
+            x = x.reshape(-1, 1 << step) @ matrix
+        below += step
+    return x.reshape(-1)
 
 
 @lru_cache(maxsize=32)

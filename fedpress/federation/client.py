@@ -5,6 +5,7 @@ Under privacy the answers contain only values that the privacy plan covers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -167,17 +168,22 @@ class Client:
         if terms.error_feedback:
             decoded = scale * uplink.decode(tensors, key)[UPDATE]
             after["residual"] = self._clipped(vectors[UPDATE], scale) - decoded
+        unmasked: Mapping[str, int] = {}
         if self.member is not None:
             names: list[str] = need("fit", message.header, "cohort")
-            masked = self.member.mask(tensors[VALUES], round=key.round, cohort=names)
-            header["secure"] = dict(masked.header)
-            tensors = dict(masked.tensors)
+            values = tensors[VALUES]
+            report = self.member.mask(
+                values, round=key.round, cohort=names, by_hand=message.by_hand
+            )
+            header["secure"] = dict(report.header)
+            tensors, unmasked = dict(report.tensors), report.unmasked
             # Stored before the answer is sent. After a crash, the client must still know that it
             # used this round's masks: two vectors under one mask would reveal their difference.
             self._remember(self.member)
         if after:
             self.memory.save(key.round, after)
-        return Message("update", header, tensors, uplink.packed_floats(tensors))
+        packed_floats = uplink.packed_floats(tensors)
+        return Message("update", header, tensors, packed_floats, unmasked=unmasked)
 
     def _state_after(
         self, before: Vectors, computed: Vectors, tensors: dict[str, Tensor], key: Key

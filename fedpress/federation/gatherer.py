@@ -344,7 +344,8 @@ class Gatherer:
             WireError: if the update is not valid; then nothing was added.
         """
         uplink = self.uplink
-        header, tensors = self._open(reply, key.round)
+        opened = self._open(reply, key.round)
+        header, tensors = opened.header, opened.tensors
         updates_seen = uplink.aggregator.sees_updates
         # Numbers of examples are read only if the record of the round may name clients.
         named = updates_seen and uplink.trust.names_clients
@@ -363,7 +364,9 @@ class Gatherer:
         # `examples` is 1 if clients may not be named; then all clients have the same weight.
         weight = float(examples) if uplink.weights == "examples" else 1.0
         secure: Mapping[str, JSON] = need("update", header, "secure") if "secure" in header else {}
-        self.gathering.add(Contribution(key, weight, scaled, tensors, secure, position))
+        self.gathering.add(
+            Contribution(key, weight, scaled, tensors, secure, position, opened.unmasked)
+        )
         self.num_added += 1
         if not named:
             return
@@ -381,10 +384,8 @@ class Gatherer:
         if uplink.privacy is not None and "failures" in header:
             self.failures[client] = uplink.trust.tally(header, uplink.privacy)
 
-    def _open(
-        self, reply: Message | None, task: int
-    ) -> tuple[Mapping[str, JSON], Mapping[str, Tensor]]:
-        """Returns header and tensors of a reply, which must be the update for round `task`.
+    def _open(self, reply: Message | None, task: int) -> Message:
+        """Returns the reply, which must be the update for round `task`.
 
         Raises:
             WireError: if `reply` is something else.
@@ -407,7 +408,7 @@ class Gatherer:
                 place="update.round",
                 cure="answer the last request",
             )
-        return header, reply.tensors
+        return reply
 
     def _count_failures(self, total: Total) -> Tally | None:
         """Returns the total counts of failures, with the server's noise if the server adds noise.

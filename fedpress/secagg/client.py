@@ -23,7 +23,7 @@ from fedpress.secagg.keys import (
     sign,
     unseal,
 )
-from fedpress.secagg.masks import add_masks_, to_tensor, to_words
+from fedpress.secagg.masks import LEAST_LEFT_OUT, add_masks_, to_tensor, to_words
 from fedpress.secagg.message import (
     JSON,
     SecAggMessage,
@@ -110,7 +110,9 @@ class SecAggClient:
         signature = self._sign("accept", self.name, checked.digest)
         return SecAggMessage({}, {"signature": as_tensor(signature)})
 
-    def mask(self, values: Tensor, *, round: int, cohort: Sequence[str]) -> SecAggMessage:
+    def mask(
+        self, values: Tensor, *, round: int, cohort: Sequence[str], by_hand: bool = False
+    ) -> SecAggMessage:
         """Returns this client's report: masked `values`, and encrypted shares of the masks' seeds.
 
         This is the first exchange of a round. A seed is 16 bytes from which a mask is computed.
@@ -119,6 +121,9 @@ class SecAggClient:
             values: whole numbers, int64 [d]; the sum is modulo 2^bits.
             round: number of the round. A new round has a higher number than all rounds before it.
             cohort: names of all clients of the round, including this one.
+            by_hand: whether the report does not leave this process, as in a simulation. Then the
+                masks of a long vector, which cancel in the sum, are left out. All clients of a
+                round must do the same.
 
         Raises:
             RecipeError: if the values have another type, are empty, or exceed the plan's bound.
@@ -146,7 +151,10 @@ class SecAggClient:
         masks = [(own_seed, True)]
         for seed, j in zip(shared_seeds, neighbours, strict=True):
             masks.append((seed, bool(me < j)))
-        add_masks_(words, masks)
+        bits = self._setup.plan.bits
+        unmasked = {"masked": bits} if by_hand and len(words) >= LEAST_LEFT_OUT else {}
+        if not unmasked:
+            add_masks_(words, masks)
 
         nonce = derive(key, "nonce", size=NONCE)
         sealed = self._sealed_shares(public, [own_seed, *shared_seeds], key, nonce)
@@ -154,14 +162,15 @@ class SecAggClient:
         # a recovered seed is right.
         commitments = b"".join(commitment(seed) for seed in (own_seed, *shared_seeds))
         tensors = {
-            "masked": to_tensor(words, self._setup.plan.bits),
+            "masked": to_tensor(words, bits),
             "nonce": as_tensor(nonce),
             "sealed": as_tensor(b"".join(sealed)).view(len(sealed), -1),
             "commitments": as_tensor(commitments).view(-1, SEED),
         }
         # The committee accepts only signed reports, so the server cannot invent clients.
-        signature = self._sign("report", public.context, self.name, report_digest(tensors))
-        return SecAggMessage({"round": round}, {**tensors, "signature": as_tensor(signature)})
+        made = report_digest(tensors, unmasked)
+        signature = as_tensor(self._sign("report", public.context, self.name, made))
+        return SecAggMessage({"round": round}, {**tensors, "signature": signature}, unmasked)
 
     def _sealed_shares(
         self, public: PublicRound, seeds: Sequence[bytes], key: bytes, nonce: bytes

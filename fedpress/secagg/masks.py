@@ -15,6 +15,10 @@ from torch import Tensor
 from fedpress.core.random import keystream
 from fedpress.secagg.keys import derive
 
+LEAST_LEFT_OUT = 1 << 12
+"""Number of values from which on masks may be left out in a simulation. For so many, the number of
+bytes that the masked values take is certain: it would differ with a probability below 2^-1000."""
+
 CHUNK = 1 << 17
 """Number of values in a chunk. All masks are added to one chunk, then to the next: a chunk stays in
 the processor's cache."""
@@ -35,10 +39,8 @@ def word_type(bits: int) -> np.dtype:
 
 
 def tensor_type(bits: int) -> torch.dtype:
-    """Returns the type in which masked values from 0 to 2^bits - 1 are sent."""
-    # Signed types, because torch supports unsigned types of these sizes only in part. So 32 bits
-    # need an int64.
-    return torch.int32 if bits <= 31 else torch.int64
+    """Returns the type in which masked values are sent; see `to_tensor`."""
+    return torch.int32 if bits <= 32 else torch.int64
 
 
 def add_masks_(words: np.ndarray, seeds: Sequence[tuple[bytes, bool]]) -> None:
@@ -71,10 +73,8 @@ def to_words(values: Tensor, bits: int) -> np.ndarray:
 
 
 def to_tensor(words: np.ndarray, bits: int) -> Tensor:
-    """Converts `words` to a tensor for sending: values modulo 2^bits, see `tensor_type`."""
-    # Higher bits are meaningless, and receivers refuse values outside 0 .. 2^bits - 1.
-    kept = words & word_type(bits).type((1 << bits) - 1)
-    return torch.from_numpy(kept.astype(np.int32 if bits <= 31 else np.int64))
+    """Converts `words` to a tensor for sending: `centred`, in the type `tensor_type`."""
+    return centred(words, bits).to(tensor_type(bits))
 
 
 def centred(words: np.ndarray, bits: int) -> Tensor:
@@ -83,6 +83,8 @@ def centred(words: np.ndarray, bits: int) -> Tensor:
     >>> centred(np.array([0, 7, 8, 15], np.uint16), 4).tolist()
     [0, 7, -8, -1]
     """
-    kept = (words & word_type(bits).type((1 << bits) - 1)).astype(np.int64)
-    kept[kept >= 1 << (bits - 1)] -= 1 << bits
-    return torch.from_numpy(kept)
+    # Shifted to the top of a signed type and back, which repeats the sign bit downwards.
+    signed = np.dtype(f"<i{words.itemsize}")
+    unused = 8 * words.itemsize - bits
+    kept = (words << word_type(bits).type(unused)).view(signed) >> signed.type(unused)
+    return torch.from_numpy(kept.astype(np.int64))

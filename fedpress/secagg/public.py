@@ -7,7 +7,7 @@ clients that help to unmask a sum).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 
@@ -272,10 +272,13 @@ def commitment(seed: bytes) -> bytes:
     return derive(seed, "commitment", size=SEED)
 
 
-def report_digest(tensors: Mapping[str, Tensor]) -> bytes:
-    """Returns the digest of a client's report (see `SecAggClient.mask`), which the client signs."""
+def report_digest(tensors: Mapping[str, Tensor], unmasked: Collection[str] = ()) -> bytes:
+    """Returns the digest of a client's report (see `SecAggClient.mask`), which the client signs.
+
+    Tensors in `unmasked` stay in this process, so they need no signature.
+    """
     names = ("masked", "nonce", "sealed", "commitments")
-    return digest_all(tensors[name].contiguous().numpy() for name in names)
+    return digest_all(tensors[name].contiguous().numpy() for name in names if name not in unmasked)
 
 
 def list_digest(public: PublicRound, reported: np.ndarray, digests: np.ndarray) -> bytes:

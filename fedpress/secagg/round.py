@@ -46,6 +46,8 @@ class SecureRound:
         # Each masked vector is added when it arrives, so that it need not be stored.
         self._total = np.zeros(public.size, word_type(self._plan.bits))
         self._reports: dict[int, dict[str, np.ndarray]] = {}
+        # Whether the reports have no masks (see `SecAggClient.mask`); None before the first.
+        self._unmasked: bool | None = None
         # Which clients reported, bool [cohort]; None until the requests are made.
         self._asked: np.ndarray | None = None
         # The seeds that are opened, for each client in the sum; see `seeds_to_open`.
@@ -84,14 +86,15 @@ class SecureRound:
             "signature": (SIGNATURE,),
         }
         kept = _read_fields(message, shapes, place)
-        if int(masked.min()) < 0 or int(masked.max()) >> self._plan.bits:
+        half = 1 << (self._plan.bits - 1)
+        if int(masked.min()) < -half or int(masked.max()) >= half:
             raise WireError(
-                f"a value is not from 0 to 2^{self._plan.bits} - 1",
+                f"a value is not from -2^{self._plan.bits - 1} to 2^{self._plan.bits - 1} - 1",
                 place=f"{place}.masked",
                 cure="send it unchanged",
             )
         tensors = {field: torch.from_numpy(array) for field, array in kept.items()}
-        made = report_digest({"masked": masked, **tensors})
+        made = report_digest({"masked": masked, **tensors}, message.unmasked)
         signature = kept["signature"].tobytes()
         # Checked here, because the committee refuses the whole sum if one signature is wrong.
         if not self._setup.signed(name, signature, "report", public.context, name, made):
@@ -100,6 +103,14 @@ class SecureRound:
                 place=f"{place}.signature",
                 cure="send it unchanged",
             )
+        # The masks of the others would not cancel.
+        if self._unmasked not in (None, bool(message.unmasked)):
+            raise WireError(
+                "some clients of the round leave their masks out, and others do not",
+                place=f"{place}.masked",
+                cure="run all clients of a round in the same engine",
+            )
+        self._unmasked = bool(message.unmasked)
         # Words wrap around at a multiple of 2^bits, so the total needs no reduction.
         self._total += to_words(masked, self._plan.bits)
         self._reports[me] = kept | {"digest": np.frombuffer(made, np.uint8)}
@@ -203,7 +214,8 @@ class SecureRound:
             )
         seeds = self._seeds(self._bodies())
         total = self._total.copy()
-        add_masks_(total, self._to_remove(seeds))
+        if not self._unmasked:
+            add_masks_(total, self._to_remove(seeds))
         return centred(total, self._plan.bits)
 
     def _clients_in_sum(self) -> list[int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedpress.core.canonical import JSON
 from fedpress.errors import WireError
-from fedpress.wire.packing import expand, shrunk_parts, shrunk_size
+from fedpress.wire.packing import expand, masked_size, shrunk_parts, shrunk_size
 from fedpress.wire.reader import ByteReader, fail, varint
 
 MAGIC = b"FPRS"
@@ -69,12 +69,19 @@ class Message:
         tensors: tensors by name.
         packed_floats: names of float tensors that the sender packs in the shortest form; other
             floats are sent raw. It is not sent: the bytes themselves tell the form.
+        by_hand: whether the message was handed over in this process, so that no bytes of the
+            answer will be made either. It is not sent.
+        unmasked: name of an integer tensor that would be masked in bytes, and is handed over as it
+            is -> bits of a masked value, from -2^(bits-1) to 2^(bits-1) - 1. `pack` refuses such a
+            tensor, so nobody outside of this process can get it.
     """
 
     kind: str
     header: Mapping[str, JSON] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     packed_floats: frozenset[str] = frozenset()
+    by_hand: bool = False
+    unmasked: Mapping[str, int] = field(default_factory=dict)
 
 
 def pack(message: Message) -> bytes:
@@ -82,12 +89,15 @@ def pack(message: Message) -> bytes:
 
     Raises:
         WireError: if the header has a value that JSON readers refuse, such as infinity; if the
-            dtype of a tensor is not in `DTYPES`; or if the kind or a tensor's name cannot be
-            written in UTF-8, or is longer than `MAX_NAME_BYTES`.
+            dtype of a tensor is not in `DTYPES`; if the kind or a tensor's name cannot be
+            written in UTF-8, or is longer than `MAX_NAME_BYTES`; or if the mask of a tensor was
+            left out.
 
     >>> pack(Message("hello", {"round": 1}))[:4]
     b'FPRS'
     """
+    for name in message.unmasked:
+        fail(f"tensors.{name}", "its mask was left out", "mask what leaves this process")
     head, tensors = _outline(message)
     parts: list[bytes | memoryview] = [head]
     for name, before in tensors.items():
@@ -116,7 +126,11 @@ def packed_size(message: Message) -> int:
     head, tensors = _outline(message)
     total = FRAME.size + len(head)
     for name, before in tensors.items():
-        size = shrunk_size(message.tensors[name], pack_floats=name in message.packed_floats)
+        tensor = message.tensors[name]
+        if name in message.unmasked:
+            size = masked_size(tensor.numel(), message.unmasked[name], tensor.element_size())
+        else:
+            size = shrunk_size(tensor, pack_floats=name in message.packed_floats)
         total += len(before) + len(varint(size)) + size
     return total
 
@@ -147,7 +161,7 @@ def deliver(message: Message, size: int, *, max_bytes: int = MAX_BYTES) -> Messa
     tensors = {}
     for name in _packed_tensors(reader, max_bytes):
         tensors[name] = message.tensors[name].detach().cpu().contiguous()
-    return Message(kind, header, tensors)
+    return Message(kind, header, tensors, by_hand=True, unmasked=message.unmasked)
 
 
 def _outline(message: Message) -> tuple[bytes, dict[str, bytes]]:

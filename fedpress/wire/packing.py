@@ -85,6 +85,24 @@ def shrunk_size(tensor: Tensor, *, pack_floats: bool = False) -> int:
     return len(coded) or plain.size
 
 
+def masked_size(count: int, bits: int, itemsize: int) -> int:
+    """Returns the number of bytes of `shrink` for masked integers, without making them.
+
+    Args:
+        count: number of integers, uniformly random from -2^(bits-1) to 2^(bits-1) - 1. For 4096 of
+            them the size is right except with a probability below 2^-1000; fewer should be made.
+        bits: number of bits of each.
+        itemsize: bytes of an integer in the tensor.
+
+    >>> masked_size(10_000, 16, 4)
+    20005
+    """
+    # Their smallest value is so near to -2^(bits-1) that its varint has the same length.
+    head = 2 + len(zigzag(-(1 << (bits - 1)) + 1))
+    nbit, raw = _nbit_bytes(count, bits), 1 + count * itemsize
+    return head + _plane_bytes(count, bits) if nbit < raw else raw
+
+
 def expand(data: memoryview, dtype: torch.dtype, shape: list[int], place: str) -> Tensor:
     """Returns the tensor that `shrink` packed.
 

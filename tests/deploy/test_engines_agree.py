@@ -72,6 +72,16 @@ def test_every_row_of_a_table_has_a_case_that_uses_it(table):
         assert (table, row) in engines.used_by(engines.stage_of(f"{table}: {row}"))
 
 
+def test_left_out_masks_of_a_secure_sum_change_no_bit_and_no_size():
+    # Long enough that a simulation leaves masks out; see `fedpress.secagg.masks`.
+    text = RECIPE.replace("hidden = [8]", "hidden = [64]") + engines.ROWS["aggregator"]["secure"]
+    real = engines.simulated(text, LocalEngine(real_bytes=True))
+    with open_engine(engine_settings({"kind": "processes", "workers": 2})) as processes:
+        for other in (engines.simulated(text), engines.simulated(text, processes)):
+            assert not list(engines.differences(other, real))
+            assert other.traffic == real.traffic
+
+
 def test_fewer_cases_use_every_row():
     used = set()
     for case in OVER_A_NETWORK:

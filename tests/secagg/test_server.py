@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpress.errors import RecipeError, SecureError
+from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.secagg import SecAggClient, SecAggServer, SecurePlan, identity
-from fedpress.secagg.masks import word_type
+from fedpress.secagg.masks import LEAST_LEFT_OUT, word_type
+from fedpress.wire.message import Message, deliver, pack, packed_size, unpack
 from tests.secagg.people import changed, group, numbers, reported, secret
 
 
@@ -102,11 +103,72 @@ def test_what_one_client_sends_looks_like_noise_and_differs_in_every_round():
     zeros = torch.zeros(20_000, dtype=torch.int64)
     first, second = (member.mask(zeros, round=r, cohort=cohort).tensors["masked"] for r in (1, 2))
     for masked in (first, second, (first - second) % 256):
-        counts = torch.bincount(masked, minlength=256)
+        counts = torch.bincount(masked % 256, minlength=256)
         assert len(counts) == 256
         expected = len(zeros) / 256
         chi2 = float(((counts - expected) ** 2 / expected).sum())
         assert abs(chi2 - 255) < 4.5 * (2 * 255) ** 0.5  # its mean and spread for uniform bytes
+
+
+def long_reports(n, *, silent=(), **mask):
+    """Returns the sum of `n` clients' vectors that are long enough to need no masks in a simulation."""
+    combiner, members = group(n)
+    values = numbers(n, size=LEAST_LEFT_OUT)
+    secure = combiner.open(1, list(members), LEAST_LEFT_OUT)
+    for row, (name, member) in enumerate(members.items()):
+        part = member.mask(values[row], round=1, cohort=list(members), **mask)
+        assert bool(part.unmasked) == mask.get("by_hand", False)
+        if name not in silent:
+            secure.add(name, part)
+    return opened(secure, members)
+
+
+@pytest.mark.parametrize("silent", [(), ("c1", "c4")])
+def test_masks_that_are_left_out_change_no_sum(silent):
+    assert torch.equal(long_reports(6, silent=silent), long_reports(6, silent=silent, by_hand=True))
+
+
+def test_what_has_no_mask_cannot_become_bytes():
+    _, members = group(3)
+    values = numbers(3, size=LEAST_LEFT_OUT)[0]
+    part = members["c0"].mask(values, round=1, cohort=list(members), by_hand=True)
+    assert torch.equal(part.tensors["masked"], values.int())
+    message = Message("update", part.header, part.tensors, unmasked=part.unmasked)
+    with pytest.raises(WireError, match="its mask was left out"):
+        pack(message)
+    arrived = deliver(message, packed_size(message))
+    assert arrived.unmasked == {"masked": 18}
+    # The receiver of bytes takes no sender's word for it.
+    other = Message("update", {**part.header, "unmasked": {"masked": 18}}, part.tensors)
+    assert not unpack(pack(other)).unmasked
+
+
+def test_the_size_of_a_report_without_masks_is_that_of_the_masked_one():
+    _, members = group(3)
+    values = numbers(3, size=LEAST_LEFT_OUT)[0]
+    sizes = []
+    for by_hand in (False, True):
+        part = members["c0"].mask(values, round=1, cohort=list(members), by_hand=by_hand)
+        message = Message("update", part.header, part.tensors, unmasked=part.unmasked)
+        sizes.append(packed_size(message))
+    assert sizes[0] == sizes[1]
+
+
+def test_short_vectors_are_masked_even_in_a_simulation():
+    _, members = group(3)
+    values = numbers(3, size=LEAST_LEFT_OUT - 1)[0]
+    part = members["c0"].mask(values, round=1, cohort=list(members), by_hand=True)
+    assert not part.unmasked
+    assert not torch.equal(part.tensors["masked"], values.int())
+
+
+def test_clients_with_and_without_masks_are_not_added():
+    combiner, members = group(3)
+    values = numbers(3, size=LEAST_LEFT_OUT)
+    secure = combiner.open(1, list(members), LEAST_LEFT_OUT)
+    secure.add("c0", members["c0"].mask(values[0], round=1, cohort=list(members), by_hand=True))
+    with pytest.raises(WireError, match="same engine"):
+        secure.add("c1", members["c1"].mask(values[1], round=1, cohort=list(members)))
 
 
 def test_the_same_question_gets_the_same_bytes_even_after_a_restart():

@@ -215,8 +215,10 @@ class MaskedSum:
 
     def add(self, contribution: Contribution) -> None:
         """Adds a client's masked integers."""
-        masked = SecAggMessage(dict(contribution.secure), dict(contribution.tensors))
-        self.opened.add(contribution.key.client, masked)
+        report = SecAggMessage(
+            dict(contribution.secure), dict(contribution.tensors), contribution.unmasked
+        )
+        self.opened.add(contribution.key.client, report)
 
     def close(self) -> Total:
         """Asks the committee (clients that help to unmask) for shares, and decodes the sum.

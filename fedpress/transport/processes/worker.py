@@ -198,7 +198,7 @@ class Inherited:
             memory.target = pending
         try:
             side.recall()
-            answer = side.answer(Message(call.kind, call.header, given))
+            answer = side.answer(Message(call.kind, call.header, given, by_hand=True))
         # Sent as an answer: a client that fails must not end the run.
         except Exception as problem:
             answer = failure(problem)
