@@ -168,7 +168,7 @@ class Client:
         if terms.error_feedback:
             decoded = scale * uplink.decode(tensors, key)[UPDATE]
             after["residual"] = self._clipped(vectors[UPDATE], scale) - decoded
-        unmasked: Mapping[str, int] = {}
+        unmade: Mapping[str, int | Tensor] = {}
         if self.member is not None:
             names: list[str] = need("fit", message.header, "cohort")
             values = tensors[VALUES]
@@ -176,14 +176,16 @@ class Client:
                 values, round=key.round, cohort=names, by_hand=message.by_hand
             )
             header["secure"] = dict(report.header)
-            tensors, unmasked = dict(report.tensors), report.unmasked
+            tensors, unmade = dict(report.tensors), report.unmade
             # Stored before the answer is sent. After a crash, the client must still know that it
             # used this round's masks: two vectors under one mask would reveal their difference.
-            self._remember(self.member)
+            # Nobody can reveal what stays in this process.
+            if not unmade:
+                self._remember(self.member)
         if after:
             self.memory.save(key.round, after)
         packed_floats = uplink.packed_floats(tensors)
-        return Message("update", header, tensors, packed_floats, unmasked=unmasked)
+        return Message("update", header, tensors, packed_floats, unmade=unmade)
 
     def _state_after(
         self, before: Vectors, computed: Vectors, tensors: dict[str, Tensor], key: Key
@@ -298,8 +300,9 @@ class Client:
     def _secure(self, member: SecAggClient, message: Message) -> Message:
         """Answers a message of the secure sum, and stores which requests were answered."""
         answer = answer_secure(member, message)
-        # An answer to "join" depends on the keys alone, so there is nothing new to store.
-        if message.kind != "join":
+        # An answer to "join" depends on the keys alone, and one that is not made tells nothing: then
+        # there is nothing new to store.
+        if message.kind != "join" and not answer.unmade:
             self._remember(member)
         return answer
 

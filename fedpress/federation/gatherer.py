@@ -365,7 +365,7 @@ class Gatherer:
         weight = float(examples) if uplink.weights == "examples" else 1.0
         secure: Mapping[str, JSON] = need("update", header, "secure") if "secure" in header else {}
         self.gathering.add(
-            Contribution(key, weight, scaled, tensors, secure, position, opened.unmasked)
+            Contribution(key, weight, scaled, tensors, secure, position, opened.unmade)
         )
         self.num_added += 1
         if not named:

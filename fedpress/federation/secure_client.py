@@ -29,5 +29,5 @@ def answer_secure(member: SecAggClient, message: Message) -> Message:
     if message.kind == "roster":
         answer = member.accept(received)
         return Message("accepted", answer.header, answer.tensors)
-    answer = member.unmask(received)
-    return Message("shares", answer.header, answer.tensors)
+    answer = member.unmask(received, by_hand=message.by_hand)
+    return Message("shares", answer.header, answer.tensors, unmade=answer.unmade)

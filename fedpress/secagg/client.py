@@ -23,7 +23,7 @@ from fedpress.secagg.keys import (
     sign,
     unseal,
 )
-from fedpress.secagg.masks import LEAST_LEFT_OUT, add_masks_, to_tensor, to_words
+from fedpress.secagg.masks import add_masks_, to_tensor, to_words
 from fedpress.secagg.message import (
     JSON,
     SecAggMessage,
@@ -44,6 +44,7 @@ from fedpress.secagg.public import (
     seeds_to_open,
 )
 from fedpress.secagg.shares import share_secrets
+from fedpress.secagg.simulated import LEAST_UNMADE, simulated_report, simulated_shares
 
 
 class SecAggClient:
@@ -121,9 +122,9 @@ class SecAggClient:
             values: whole numbers, int64 [d]; the sum is modulo 2^bits.
             round: number of the round. A new round has a higher number than all rounds before it.
             cohort: names of all clients of the round, including this one.
-            by_hand: whether the report does not leave this process, as in a simulation. Then the
-                masks of a long vector, which cancel in the sum, are left out. All clients of a
-                round must do the same.
+            by_hand: whether the report stays in this process, as in a simulation. Then it has no
+                masks and ciphertexts; see `fedpress.secagg.simulated`. All clients of a round must
+                do the same.
 
         Raises:
             RecipeError: if the values have another type, are empty, or exceed the plan's bound.
@@ -135,10 +136,13 @@ class SecAggClient:
         words = self._checked_words(values)
         public = self._public_round(round, cohort, len(values))
         me = public.names.index(self.name)
+        if by_hand and len(words) >= LEAST_UNMADE:
+            return simulated_report(public, me, words)
         # A digest instead of the values, because the saved state must not contain private data. The
         # words are as narrow as the sum allows, and within the bound no two values share one.
         question = digest_all([b"words", public.context, words])
-        self._answered.answer_once_(public, "mask", question)
+        if not by_hand:
+            self._answered.answer_once_(public, "mask", question)
         # Derived from the request: a repeated request gets the same random bytes and so the same
         # answer. A different request gets different bytes.
         key = derive(self._secret, "mask", public.context, question)
@@ -151,10 +155,10 @@ class SecAggClient:
         masks = [(own_seed, True)]
         for seed, j in zip(shared_seeds, neighbours, strict=True):
             masks.append((seed, bool(me < j)))
-        bits = self._setup.plan.bits
-        unmasked = {"masked": bits} if by_hand and len(words) >= LEAST_LEFT_OUT else {}
-        if not unmasked:
-            add_masks_(words, masks)
+        masked = words.copy()
+        add_masks_(masked, masks)
+        if by_hand:
+            return simulated_report(public, me, words, masked)
 
         nonce = derive(key, "nonce", size=NONCE)
         sealed = self._sealed_shares(public, [own_seed, *shared_seeds], key, nonce)
@@ -162,15 +166,14 @@ class SecAggClient:
         # a recovered seed is right.
         commitments = b"".join(commitment(seed) for seed in (own_seed, *shared_seeds))
         tensors = {
-            "masked": to_tensor(words, bits),
+            "masked": to_tensor(masked, self._setup.plan.bits),
             "nonce": as_tensor(nonce),
             "sealed": as_tensor(b"".join(sealed)).view(len(sealed), -1),
             "commitments": as_tensor(commitments).view(-1, SEED),
         }
         # The committee accepts only signed reports, so the server cannot invent clients.
-        made = report_digest(tensors, unmasked)
-        signature = as_tensor(self._sign("report", public.context, self.name, made))
-        return SecAggMessage({"round": round}, {**tensors, "signature": signature}, unmasked)
+        signature = self._sign("report", public.context, self.name, report_digest(tensors))
+        return SecAggMessage({"round": round}, {**tensors, "signature": as_tensor(signature)})
 
     def _sealed_shares(
         self, public: PublicRound, seeds: Sequence[bytes], key: bytes, nonce: bytes
@@ -188,7 +191,7 @@ class SecAggClient:
             sealed.append(seal(seal_key, nonce, share.tobytes(), public.context))
         return sealed
 
-    def unmask(self, request: SecAggMessage) -> SecAggMessage:
+    def unmask(self, request: SecAggMessage, *, by_hand: bool = False) -> SecAggMessage:
         """Returns this client's shares of the seeds, for one list of clients that reported.
 
         This is the second exchange of a round. Only members of the committee are asked: clients of
@@ -204,6 +207,7 @@ class SecAggClient:
 
         Args:
             request: one of `SecureRound.requests`.
+            by_hand: see `mask`.
 
         Raises:
             WireError: if the request is faulty, if a client on the list did not report, or if this
@@ -219,6 +223,9 @@ class SecAggClient:
             read_number(request, "size", place),
         )
         me = public.names.index(self.name)
+        if by_hand:
+            self._check_is_member(public, me)
+            return simulated_shares(public, request)
         self._check_may_unmask(public, me)
         reported, label = self._checked_list(request, public, me)
         clients: list[int] = np.flatnonzero(reported).tolist()
@@ -259,13 +266,16 @@ class SecAggClient:
             },
         )
 
-    def _check_may_unmask(self, public: PublicRound, me: int) -> None:
+    def _check_is_member(self, public: PublicRound, me: int) -> None:
         if me not in public.committee:
             raise WireError(
                 f"{self.name!r} is not in the committee of round {public.number}",
                 place="unmask.cohort",
                 cure="ask the members of the committee",
             )
+
+    def _check_may_unmask(self, public: PublicRound, me: int) -> None:
+        self._check_is_member(public, me)
         if not self._answered.took_part(public):
             raise SecureError(
                 f"{self.name!r} masked no vector in this round with this cohort",

@@ -15,10 +15,6 @@ from torch import Tensor
 from fedpress.core.random import keystream
 from fedpress.secagg.keys import derive
 
-LEAST_LEFT_OUT = 1 << 12
-"""Number of values from which on masks may be left out in a simulation. For so many, the number of
-bytes that the masked values take is certain: it would differ with a probability below 2^-1000."""
-
 CHUNK = 1 << 17
 """Number of values in a chunk. All masks are added to one chunk, then to the next: a chunk stays in
 the processor's cache."""

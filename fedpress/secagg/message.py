@@ -25,12 +25,12 @@ class SecAggMessage:
     Attributes:
         header: JSON values by name.
         tensors: tensors by name.
-        unmasked: see `fedpress.wire.message.Message`; only within one process.
+        unmade: see `fedpress.wire.message.Message`; only within one process.
     """
 
     header: Mapping[str, JSON] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    unmasked: Mapping[str, int] = field(default_factory=dict)
+    unmade: Mapping[str, int | Tensor] = field(default_factory=dict)
 
 
 def as_tensor(data: bytes | np.ndarray) -> Tensor:

@@ -7,7 +7,7 @@ clients that help to unmask a sum).
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 
@@ -16,7 +16,16 @@ from torch import Tensor
 
 from fedpress.errors import WireError
 from fedpress.secagg import graph
-from fedpress.secagg.keys import SIGNATURE, TAG, can_agree, derive, digest, digest_all, verify
+from fedpress.secagg.keys import (
+    NONCE,
+    SIGNATURE,
+    TAG,
+    can_agree,
+    derive,
+    digest,
+    digest_all,
+    verify,
+)
 from fedpress.secagg.message import JSON, SecAggMessage, as_tensor, read_bytes, read_names
 from fedpress.secagg.plan import SecurePlan
 
@@ -272,13 +281,10 @@ def commitment(seed: bytes) -> bytes:
     return derive(seed, "commitment", size=SEED)
 
 
-def report_digest(tensors: Mapping[str, Tensor], unmasked: Collection[str] = ()) -> bytes:
-    """Returns the digest of a client's report (see `SecAggClient.mask`), which the client signs.
-
-    Tensors in `unmasked` stay in this process, so they need no signature.
-    """
+def report_digest(tensors: Mapping[str, Tensor]) -> bytes:
+    """Returns the digest of a client's report (see `SecAggClient.mask`), which the client signs."""
     names = ("masked", "nonce", "sealed", "commitments")
-    return digest_all(tensors[name].contiguous().numpy() for name in names if name not in unmasked)
+    return digest_all(tensors[name].contiguous().numpy() for name in names)
 
 
 def list_digest(public: PublicRound, reported: np.ndarray, digests: np.ndarray) -> bytes:
@@ -295,3 +301,31 @@ def seeds_to_open(public: PublicRound, client: int, reported: np.ndarray) -> lis
     masks cancel in the sum, and opening these seeds would reveal the client's vector.
     """
     return [0, *(1 + np.flatnonzero(~reported[public.neighbours(client)]))]
+
+
+def report_shapes(public: PublicRound, client: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each tensor of random bytes in the report of `client`."""
+    return {
+        "nonce": (NONCE,),
+        "sealed": (len(public.committee), public.sealed_size(client)),
+        "commitments": (1 + len(public.neighbours(client)), SEED),
+        "signature": (SIGNATURE,),
+    }
+
+
+def answer_shapes(public: PublicRound, reported: np.ndarray) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each tensor in the answer of a member of the committee.
+
+    Args:
+        public: the round.
+        reported: which clients reported, bool [cohort].
+    """
+    clients: list[int] = np.flatnonzero(reported).tolist()
+    rows = sum(len(seeds_to_open(public, client, reported)) for client in clients)
+    members = len(public.members(reported))
+    return {
+        "body": (len(clients) + rows * SEED + TAG,),
+        "commitment": (SEED,),
+        "locks": (members, 32),
+        "opens": (members, 32),
+    }

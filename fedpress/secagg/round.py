@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedpress.errors import SecureError, WireError
-from fedpress.secagg.keys import NONCE, SIGNATURE, TAG, unseal
+from fedpress.secagg.keys import NONCE, SIGNATURE, unseal
 from fedpress.secagg.masks import add_masks_, centred, tensor_type, to_words, word_type
 from fedpress.secagg.message import (
     JSON,
@@ -23,12 +24,15 @@ from fedpress.secagg.public import (
     SEED,
     PublicRound,
     SecAggSetup,
+    answer_shapes,
     commitment,
     list_digest,
     report_digest,
+    report_shapes,
     seeds_to_open,
 )
 from fedpress.secagg.shares import recover_secrets
+from fedpress.secagg.simulated import unmade_bytes
 
 
 class SecureRound:
@@ -39,6 +43,7 @@ class SecureRound:
     """
 
     def __init__(self, setup: SecAggSetup, public: PublicRound) -> None:
+        """Starts a round; see `SecAggServer.open`."""
         self._setup = setup
         self._public = public
         self._plan = setup.plan
@@ -46,8 +51,6 @@ class SecureRound:
         # Each masked vector is added when it arrives, so that it need not be stored.
         self._total = np.zeros(public.size, word_type(self._plan.bits))
         self._reports: dict[int, dict[str, np.ndarray]] = {}
-        # Whether the reports have no masks (see `SecAggClient.mask`); None before the first.
-        self._unmasked: bool | None = None
         # Which clients reported, bool [cohort]; None until the requests are made.
         self._asked: np.ndarray | None = None
         # The seeds that are opened, for each client in the sum; see `seeds_to_open`.
@@ -59,6 +62,10 @@ class SecureRound:
     def reported(self) -> list[str]:
         """Sorted names of the clients whose vectors are in the sum."""
         return [self._public.names[i] for i in sorted(self._reports)]
+
+    def simulated(self) -> SimulatedRound:
+        """Returns a new round of the same clients for messages without masks and ciphertexts."""
+        return SimulatedRound(self._setup, self._public)
 
     def add(self, name: str, message: SecAggMessage) -> None:
         """Adds one client's masked vector to the sum, and stores its encrypted shares.
@@ -79,13 +86,6 @@ class SecureRound:
                 f"{name!r} reported twice or too late", place=place, cure="report once per round"
             )
         masked = read_tensor(message, "masked", tensor_type(self._plan.bits), (public.size,), place)
-        shapes = {
-            "nonce": (NONCE,),
-            "sealed": (len(public.committee), public.sealed_size(me)),
-            "commitments": (1 + len(public.neighbours(me)), SEED),
-            "signature": (SIGNATURE,),
-        }
-        kept = _read_fields(message, shapes, place)
         half = 1 << (self._plan.bits - 1)
         if int(masked.min()) < -half or int(masked.max()) >= half:
             raise WireError(
@@ -93,8 +93,19 @@ class SecureRound:
                 place=f"{place}.masked",
                 cure="send it unchanged",
             )
+        self._reports[me] = self._checked(me, masked, message)
+        # Words wrap around at a multiple of 2^bits, so the total needs no reduction.
+        self._total += to_words(masked, self._plan.bits)
+
+    def _checked(self, me: int, masked: Tensor, message: SecAggMessage) -> dict[str, np.ndarray]:
+        """Returns the fields of a client's report that are kept, after a check of its signature."""
+        place = "report"
+        public, name = self._public, self._public.names[me]
+        if message.unmade:
+            raise _mixed(place)
+        kept = _read_fields(message, report_shapes(public, me), place)
         tensors = {field: torch.from_numpy(array) for field, array in kept.items()}
-        made = report_digest({"masked": masked, **tensors}, message.unmasked)
+        made = report_digest({"masked": masked, **tensors})
         signature = kept["signature"].tobytes()
         # Checked here, because the committee refuses the whole sum if one signature is wrong.
         if not self._setup.signed(name, signature, "report", public.context, name, made):
@@ -103,17 +114,7 @@ class SecureRound:
                 place=f"{place}.signature",
                 cure="send it unchanged",
             )
-        # The masks of the others would not cancel.
-        if self._unmasked not in (None, bool(message.unmasked)):
-            raise WireError(
-                "some clients of the round leave their masks out, and others do not",
-                place=f"{place}.masked",
-                cure="run all clients of a round in the same engine",
-            )
-        self._unmasked = bool(message.unmasked)
-        # Words wrap around at a multiple of 2^bits, so the total needs no reduction.
-        self._total += to_words(masked, self._plan.bits)
-        self._reports[me] = kept | {"digest": np.frombuffer(made, np.uint8)}
+        return kept | {"digest": np.frombuffer(made, np.uint8)}
 
     def requests(self) -> dict[str, SecAggMessage]:
         """Returns a request for each committee member that reported, by name.
@@ -146,25 +147,32 @@ class SecureRound:
         self._asked = reported
         clients = self._clients_in_sum()
         self._wanted = [seeds_to_open(public, i, reported) for i in clients]
-        reports = [self._reports[i] for i in clients]
-        common = {
-            "reported": as_tensor(reported.astype(np.uint8)),
-            "nonces": as_tensor(self._reported_field("nonce")),
-            "digests": as_tensor(self._reported_field("digest")),
-            "signatures": as_tensor(self._reported_field("signature")),
-        }
         header: dict[str, JSON] = {
             "round": public.number,
             "size": public.size,
             "cohort": [*public.names],
         }
-        requests = {}
+        flags = as_tensor(reported.astype(np.uint8))
+        return {
+            public.names[public.committee[k]]: request
+            for k, request in zip(members, self._questions(header, flags, members), strict=True)
+        }
+
+    def _questions(
+        self, header: dict[str, JSON], flags: Tensor, members: list[int]
+    ) -> Iterator[SecAggMessage]:
+        """Yields the request for each of `members`, which are positions in the committee."""
+        common = {
+            "reported": flags,
+            "nonces": as_tensor(self._reported_field("nonce")),
+            "digests": as_tensor(self._reported_field("digest")),
+            "signatures": as_tensor(self._reported_field("signature")),
+        }
+        reports = [self._reports[i] for i in self._clients_in_sum()]
         for k in members:
             # Each member gets the shares that the clients encrypted for it.
             sealed = np.concatenate([report["sealed"][k] for report in reports])
-            name = public.names[public.committee[k]]
-            requests[name] = SecAggMessage(header, {**common, "sealed": as_tensor(sealed)})
-        return requests
+            yield SecAggMessage(header, {**common, "sealed": as_tensor(sealed)})
 
     def share(self, name: str, message: SecAggMessage) -> None:
         """Stores one committee member's answer.
@@ -186,17 +194,15 @@ class SecureRound:
         k = public.committee.index(me)
         if k in self._answers:
             raise WireError(f"{name!r} answered twice", place=place, cure="answer once")
-        clients = self._clients_in_sum()
-        members = len(public.members(self._asked))
-        rows = sum(map(len, self._wanted))
+        self._answers[k] = self._answer(message, self._asked)
+
+    def _answer(self, message: SecAggMessage, asked: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the fields of a member's answer."""
+        place = "shares"
+        if message.unmade:
+            raise _mixed(place)
         # All expected sizes follow from the list, so a member cannot make the server store more.
-        shapes = {
-            "body": (len(clients) + rows * SEED + TAG,),
-            "commitment": (SEED,),
-            "locks": (members, 32),
-            "opens": (members, 32),
-        }
-        self._answers[k] = _read_fields(message, shapes, place)
+        return _read_fields(message, answer_shapes(self._public, asked), place)
 
     def sum(self) -> Tensor:
         """Returns the sum of the vectors of all clients that reported, int64 [size].
@@ -212,11 +218,13 @@ class SecureRound:
                 place=f"round {self._public.number}",
                 cure="send the requests first",
             )
-        seeds = self._seeds(self._bodies())
+        return centred(self._unmasked_total(), self._plan.bits)
+
+    def _unmasked_total(self) -> np.ndarray:
+        """Returns the sum without masks, as words."""
         total = self._total.copy()
-        if not self._unmasked:
-            add_masks_(total, self._to_remove(seeds))
-        return centred(total, self._plan.bits)
+        add_masks_(total, self._to_remove(self._seeds(self._bodies())))
+        return total
 
     def _clients_in_sum(self) -> list[int]:
         """Returns the numbers of the clients in the sum; only after `requests`."""
@@ -273,12 +281,9 @@ class SecureRound:
             SecureError: if fewer answers than the threshold can be decrypted.
         """
         assert self._asked is not None
+        self._check_enough_answers()
         places = sorted(self._answers)
         threshold = self._plan.threshold
-        if len(places) < threshold:
-            raise self._closed(
-                f"{len(places)} of the committee answered, and at least {threshold} must"
-            )
         # The list is the associated data of the encryption: `unseal` fails for an answer to another
         # list.
         label = list_digest(self._public, self._asked, self._reported_field("digest"))
@@ -293,6 +298,13 @@ class SecureRound:
                 f"{len(bodies)} of the committee gave right answers, and at least {threshold} must"
             )
         return bodies
+
+    def _check_enough_answers(self) -> None:
+        if len(self._answers) < self._plan.threshold:
+            raise self._closed(
+                f"{len(self._answers)} of the committee answered, and at least "
+                f"{self._plan.threshold} must"
+            )
 
     def _body_keys(self, places: list[int]) -> dict[int, bytes]:
         """Returns the keys of the answers of the members at `places`; wrong keys are left out.
@@ -399,6 +411,50 @@ class SecureRound:
             place=f"round {self._public.number}",
             cure="go on with the next round; this sum stays secret",
         )
+
+
+class SimulatedRound(SecureRound):
+    """A round whose reports and answers have no masks and ciphertexts; see `simulated`."""
+
+    def _checked(self, me: int, masked: Tensor, message: SecAggMessage) -> dict[str, np.ndarray]:
+        if not message.unmade:
+            raise _mixed("report")
+        return {}
+
+    def _disagreement(self) -> str:
+        return ""
+
+    def _questions(
+        self, header: dict[str, JSON], flags: Tensor, members: list[int]
+    ) -> Iterator[SecAggMessage]:
+        clients = self._clients_in_sum()
+        shapes = {
+            "nonces": (len(clients), NONCE),
+            "digests": (len(clients), 32),
+            "signatures": (len(clients), SIGNATURE),
+            "sealed": (sum(map(self._public.sealed_size, clients)),),
+        }
+        made = unmade_bytes(header, shapes)
+        request = SecAggMessage(header, {**made.tensors, "reported": flags}, made.unmade)
+        return repeat(request, len(members))
+
+    def _answer(self, message: SecAggMessage, asked: np.ndarray) -> dict[str, np.ndarray]:
+        if not message.unmade:
+            raise _mixed("shares")
+        return {}
+
+    def _unmasked_total(self) -> np.ndarray:
+        self._check_enough_answers()
+        return self._total
+
+
+def _mixed(place: str) -> WireError:
+    """Returns the error that some messages have masks or ciphertexts, and others do not."""
+    return WireError(
+        "some clients of the round mask and encrypt, and others do not",
+        place=place,
+        cure="run all clients of a round in the same engine",
+    )
 
 
 def _read_fields(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedpress.core.canonical import JSON
 from fedpress.errors import WireError
-from fedpress.wire.packing import expand, masked_size, shrunk_parts, shrunk_size
+from fedpress.wire.packing import expand, random_size, shrunk_parts, shrunk_size
 from fedpress.wire.reader import ByteReader, fail, varint
 
 MAGIC = b"FPRS"
@@ -71,9 +71,10 @@ class Message:
             floats are sent raw. It is not sent: the bytes themselves tell the form.
         by_hand: whether the message was handed over in this process, so that no bytes of the
             answer will be made either. It is not sent.
-        unmasked: name of an integer tensor that would be masked in bytes, and is handed over as it
-            is -> bits of a masked value, from -2^(bits-1) to 2^(bits-1) - 1. `pack` refuses such a
-            tensor, so nobody outside of this process can get it.
+        unmade: name of a tensor that would be masked or encrypted if it was sent, and is handed
+            over without that -> bits of each value that would be sent, all equally likely; or the
+            tensor that would be sent, if it has too few values for its size to be certain. `pack`
+            refuses such a tensor, so nobody outside of this process can get it.
     """
 
     kind: str
@@ -81,7 +82,7 @@ class Message:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     packed_floats: frozenset[str] = frozenset()
     by_hand: bool = False
-    unmasked: Mapping[str, int] = field(default_factory=dict)
+    unmade: Mapping[str, int | Tensor] = field(default_factory=dict)
 
 
 def pack(message: Message) -> bytes:
@@ -90,14 +91,13 @@ def pack(message: Message) -> bytes:
     Raises:
         WireError: if the header has a value that JSON readers refuse, such as infinity; if the
             dtype of a tensor is not in `DTYPES`; if the kind or a tensor's name cannot be
-            written in UTF-8, or is longer than `MAX_NAME_BYTES`; or if the mask of a tensor was
-            left out.
+            written in UTF-8, or is longer than `MAX_NAME_BYTES`; or if a tensor is `unmade`.
 
     >>> pack(Message("hello", {"round": 1}))[:4]
     b'FPRS'
     """
-    for name in message.unmasked:
-        fail(f"tensors.{name}", "its mask was left out", "mask what leaves this process")
+    for name in message.unmade:
+        fail(f"tensors.{name}", "it is not masked", "mask what leaves this process")
     head, tensors = _outline(message)
     parts: list[bytes | memoryview] = [head]
     for name, before in tensors.items():
@@ -126,9 +126,10 @@ def packed_size(message: Message) -> int:
     head, tensors = _outline(message)
     total = FRAME.size + len(head)
     for name, before in tensors.items():
-        tensor = message.tensors[name]
-        if name in message.unmasked:
-            size = masked_size(tensor.numel(), message.unmasked[name], tensor.element_size())
+        tensor = message.unmade.get(name, message.tensors[name])
+        if isinstance(tensor, int):
+            values = message.tensors[name]
+            size = random_size(values.numel(), tensor, values.element_size())
         else:
             size = shrunk_size(tensor, pack_floats=name in message.packed_floats)
         total += len(before) + len(varint(size)) + size
@@ -160,8 +161,11 @@ def deliver(message: Message, size: int, *, max_bytes: int = MAX_BYTES) -> Messa
     kind, header = _kind_and_header(reader)
     tensors = {}
     for name in _packed_tensors(reader, max_bytes):
-        tensors[name] = message.tensors[name].detach().cpu().contiguous()
-    return Message(kind, header, tensors, by_hand=True, unmasked=message.unmasked)
+        tensor = message.tensors[name]
+        # What is not made has no memory of its own, and shall not get any here.
+        arrives = name not in message.unmade
+        tensors[name] = tensor.detach().cpu().contiguous() if arrives else tensor
+    return Message(kind, header, tensors, by_hand=True, unmade=message.unmade)
 
 
 def _outline(message: Message) -> tuple[bytes, dict[str, bytes]]:

@@ -85,8 +85,8 @@ def shrunk_size(tensor: Tensor, *, pack_floats: bool = False) -> int:
     return len(coded) or plain.size
 
 
-def masked_size(count: int, bits: int, itemsize: int) -> int:
-    """Returns the number of bytes of `shrink` for masked integers, without making them.
+def random_size(count: int, bits: int, itemsize: int) -> int:
+    """Returns the number of bytes of `shrink` for random integers, without making them.
 
     Args:
         count: number of integers, uniformly random from -2^(bits-1) to 2^(bits-1) - 1. For 4096 of
@@ -94,7 +94,7 @@ def masked_size(count: int, bits: int, itemsize: int) -> int:
         bits: number of bits of each.
         itemsize: bytes of an integer in the tensor.
 
-    >>> masked_size(10_000, 16, 4)
+    >>> random_size(10_000, 16, 4)
     20005
     """
     # Their smallest value is so near to -2^(bits-1) that its varint has the same length.

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.secagg import SecAggClient, SecAggServer, SecurePlan, identity
-from fedpress.secagg.masks import LEAST_LEFT_OUT, word_type
+from fedpress.secagg.masks import word_type
+from fedpress.secagg.simulated import LEAST_UNMADE
 from fedpress.wire.message import Message, deliver, pack, packed_size, unpack
 from tests.secagg.people import changed, group, numbers, reported, secret
 
@@ -110,65 +111,93 @@ def test_what_one_client_sends_looks_like_noise_and_differs_in_every_round():
         assert abs(chi2 - 255) < 4.5 * (2 * 255) ** 0.5  # its mean and spread for uniform bytes
 
 
-def long_reports(n, *, silent=(), **mask):
-    """Returns the sum of `n` clients' vectors that are long enough to need no masks in a simulation."""
+def simulated_sum(n, size, *, silent=(), mute=0, by_hand=True):
+    """Returns the sum over clients of a simulation; the first `mute` of the committee do not answer."""
     combiner, members = group(n)
-    values = numbers(n, size=LEAST_LEFT_OUT)
-    secure = combiner.open(1, list(members), LEAST_LEFT_OUT)
+    values, cohort = numbers(n, size=size), list(members)
+    secure = combiner.open(1, cohort, size)
+    if by_hand:
+        secure = secure.simulated()
     for row, (name, member) in enumerate(members.items()):
-        part = member.mask(values[row], round=1, cohort=list(members), **mask)
-        assert bool(part.unmasked) == mask.get("by_hand", False)
+        part = member.mask(values[row], round=1, cohort=cohort, by_hand=by_hand)
+        assert bool(part.unmade) == by_hand
         if name not in silent:
             secure.add(name, part)
-    return opened(secure, members)
+    requests = secure.requests()
+    for name in list(requests)[mute:]:
+        secure.share(name, members[name].unmask(requests[name], by_hand=by_hand))
+    return secure.sum()
 
 
+@pytest.mark.parametrize("size", [3, LEAST_UNMADE])
 @pytest.mark.parametrize("silent", [(), ("c1", "c4")])
-def test_masks_that_are_left_out_change_no_sum(silent):
-    assert torch.equal(long_reports(6, silent=silent), long_reports(6, silent=silent, by_hand=True))
+def test_a_simulated_sum_has_the_same_bits(size, silent):
+    real = simulated_sum(6, size, silent=silent, by_hand=False)
+    assert torch.equal(simulated_sum(6, size, silent=silent), real)
 
 
-def test_what_has_no_mask_cannot_become_bytes():
-    _, members = group(3)
-    values = numbers(3, size=LEAST_LEFT_OUT)[0]
-    part = members["c0"].mask(values, round=1, cohort=list(members), by_hand=True)
-    assert torch.equal(part.tensors["masked"], values.int())
-    message = Message("update", part.header, part.tensors, unmasked=part.unmasked)
-    with pytest.raises(WireError, match="its mask was left out"):
-        pack(message)
-    arrived = deliver(message, packed_size(message))
-    assert arrived.unmasked == {"masked": 18}
-    # The receiver of bytes takes no sender's word for it.
-    other = Message("update", {**part.header, "unmasked": {"masked": 18}}, part.tensors)
-    assert not unpack(pack(other)).unmasked
-
-
-def test_the_size_of_a_report_without_masks_is_that_of_the_masked_one():
-    _, members = group(3)
-    values = numbers(3, size=LEAST_LEFT_OUT)[0]
-    sizes = []
+@pytest.mark.parametrize("gone", [{"silent": ("c0", "c1", "c2")}, {"mute": 3}])
+def test_a_simulated_sum_stays_closed_for_the_same_reasons(gone):
+    reasons = []
     for by_hand in (False, True):
-        part = members["c0"].mask(values, round=1, cohort=list(members), by_hand=by_hand)
-        message = Message("update", part.header, part.tensors, unmasked=part.unmasked)
-        sizes.append(packed_size(message))
-    assert sizes[0] == sizes[1]
+        with pytest.raises(SecureError) as raised:
+            simulated_sum(6, 3, by_hand=by_hand, **gone)
+        reasons.append(str(raised.value))
+    assert reasons[0] == reasons[1]
 
 
-def test_short_vectors_are_masked_even_in_a_simulation():
-    _, members = group(3)
-    values = numbers(3, size=LEAST_LEFT_OUT - 1)[0]
-    part = members["c0"].mask(values, round=1, cohort=list(members), by_hand=True)
-    assert not part.unmasked
-    assert not torch.equal(part.tensors["masked"], values.int())
-
-
-def test_clients_with_and_without_masks_are_not_added():
+def messages_of(by_hand, size):
+    """Returns all messages of a round of three clients."""
     combiner, members = group(3)
-    values = numbers(3, size=LEAST_LEFT_OUT)
-    secure = combiner.open(1, list(members), LEAST_LEFT_OUT)
-    secure.add("c0", members["c0"].mask(values[0], round=1, cohort=list(members), by_hand=True))
-    with pytest.raises(WireError, match="same engine"):
-        secure.add("c1", members["c1"].mask(values[1], round=1, cohort=list(members)))
+    values, cohort = numbers(3, size=size), list(members)
+    secure = combiner.open(1, cohort, size)
+    if by_hand:
+        secure = secure.simulated()
+    parts = [
+        member.mask(values[row], round=1, cohort=cohort, by_hand=by_hand)
+        for row, member in enumerate(members.values())
+    ]
+    for name, part in zip(cohort, parts, strict=True):
+        secure.add(name, part)
+    requests = secure.requests()
+    answers = [members[name].unmask(request, by_hand=by_hand) for name, request in requests.items()]
+    return [
+        Message("update", part.header, part.tensors, unmade=part.unmade)
+        for part in (*parts, *requests.values(), *answers)
+    ]
+
+
+@pytest.mark.parametrize("size", [3, LEAST_UNMADE + 9])
+def test_simulated_messages_count_the_bytes_of_the_real_ones(size):
+    real, simulated = messages_of(False, size), messages_of(True, size)
+    assert [packed_size(m) for m in simulated] == [packed_size(m) for m in real]
+    assert [packed_size(m) for m in real] == [len(pack(m)) for m in real]
+
+
+def test_what_is_not_masked_cannot_become_bytes():
+    for message in messages_of(True, 3):
+        with pytest.raises(WireError, match="mask what leaves this process"):
+            pack(message)
+        arrived = deliver(message, packed_size(message))
+        assert arrived.unmade == message.unmade
+        assert arrived.by_hand
+    # A receiver of bytes takes nobody's word for it.
+    other = Message("update", {"unmade": {"masked": 18}, "by_hand": True}, {})
+    arrived = unpack(pack(other))
+    assert not arrived.unmade
+    assert not arrived.by_hand
+
+
+def test_masked_and_other_reports_are_not_added():
+    combiner, members = group(3)
+    values, cohort = numbers(3), list(members)
+    real = combiner.open(1, cohort, 7)
+    part = members["c0"].mask(values[0], round=1, cohort=cohort)
+    other = members["c0"].mask(values[0], round=1, cohort=cohort, by_hand=True)
+    for secure, wrong in ((real, other), (real.simulated(), part)):
+        with pytest.raises(WireError, match="same engine"):
+            secure.add("c0", wrong)
+        assert secure.reported == []
 
 
 def test_the_same_question_gets_the_same_bytes_even_after_a_restart():

@@ -23,7 +23,7 @@ from fedpress.wire.packing import (
     SizeEstimator,
     estimate_bits,
     expand,
-    masked_size,
+    random_size,
     shrink,
     shrunk_size,
 )
@@ -370,11 +370,11 @@ def test_the_size_of_every_type_and_range_is_computed(dtype, bits):
 
 @pytest.mark.parametrize("bits", [2, 3, 7, 8, 9, 14, 16, 18, 22, 31, 32, 33, 48, 62])
 @pytest.mark.parametrize("count", [4096, 4097, 20_001, 150_000])
-def test_the_size_of_masked_integers_is_known_without_them(bits, count):
+def test_the_size_of_random_integers_is_known_without_them(bits, count):
     dtype = torch.int32 if bits <= 32 else torch.int64
     half = 1 << (bits - 1)
-    masked = torch.randint(-half, half, (count,), generator=chance()).to(dtype)
-    assert masked_size(count, bits, dtype.itemsize) == len(shrink(masked))
+    drawn = torch.randint(-half, half, (count,), generator=chance()).to(dtype)
+    assert random_size(count, bits, dtype.itemsize) == len(shrink(drawn))
 
 
 def test_floats_are_raw_unless_the_sender_asks_for_less():

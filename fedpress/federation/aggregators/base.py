@@ -30,7 +30,7 @@ class Contribution:
         tensors: the received tensors, still encoded; in a secure sum they are masked.
         secure: header fields of the secure sum; empty for other aggregators.
         position: number of earlier answers in this round, used or not.
-        unmasked: see `fedpress.wire.message.Message`.
+        unmade: see `fedpress.wire.message.Message`.
     """
 
     key: Key
@@ -39,7 +39,7 @@ class Contribution:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     secure: Mapping[str, JSON] = field(default_factory=dict)
     position: int = 0
-    unmasked: Mapping[str, int] = field(default_factory=dict)
+    unmade: Mapping[str, int | Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

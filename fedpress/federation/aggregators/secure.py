@@ -216,8 +216,11 @@ class MaskedSum:
     def add(self, contribution: Contribution) -> None:
         """Adds a client's masked integers."""
         report = SecAggMessage(
-            dict(contribution.secure), dict(contribution.tensors), contribution.unmasked
+            dict(contribution.secure), dict(contribution.tensors), contribution.unmade
         )
+        # In one process, the first report tells that none of them has a mask.
+        if report.unmade and not self.opened.reported and type(self.opened) is SecureRound:
+            self.opened = self.opened.simulated()
         self.opened.add(contribution.key.client, report)
 
     def close(self) -> Total:
@@ -229,7 +232,7 @@ class MaskedSum:
         """
         requests = {}
         for name, part in self.opened.requests().items():
-            requests[name] = Message("unmask", part.header, part.tensors)
+            requests[name] = Message("unmask", part.header, part.tensors, unmade=part.unmade)
         # A missing answer is no error, since a threshold of the members is enough.
         silent = dict.fromkeys(requests, "no reply came")
         _collect(self.session.transport, requests, "shares", self.opened.share, silent)
@@ -308,7 +311,7 @@ def _collect(
                     place=f"{kind}.kind",
                     cure="use the same fedpress on both sides",
                 )
-            take(client, SecAggMessage(dict(reply.header), dict(reply.tensors)))
+            take(client, SecAggMessage(dict(reply.header), dict(reply.tensors), reply.unmade))
         except WireError as problem:
             missing[client] = str(problem)
         else:
