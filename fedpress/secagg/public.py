@@ -212,10 +212,7 @@ class PublicRound:
                 place="round.cohort",
                 cure="ask only clients that joined",
             )
-        # All keys and signatures of the round depend on this digest. So a message from another run,
-        # plan, roster, round, size or cohort cannot be decrypted or verified here.
-        context = digest("round", *setup.words, roster.digest, number, size, *names)
-        return cls(number, names, size, context, setup.plan)
+        return _public_round(setup.words, roster.digest, number, names, size, setup.plan)
 
     @cached_property
     def edges(self) -> np.ndarray:
@@ -271,6 +268,22 @@ class PublicRound:
         return ""
 
 
+@lru_cache(maxsize=4)
+def _public_round(
+    words: tuple[str | int | bytes, ...],
+    roster: bytes,
+    number: int,
+    names: tuple[str, ...],
+    size: int,
+    plan: SecurePlan,
+) -> PublicRound:
+    """Returns the public data of a round, once for all clients of a process."""
+    # All keys and signatures of the round depend on this digest. So a message from another run,
+    # plan, roster, round, size or cohort cannot be decrypted or verified here.
+    context = digest("round", *words, roster, number, size, *names)
+    return PublicRound(number, names, size, context, plan)
+
+
 def commitment(seed: bytes) -> bytes:
     """Returns a commitment [16 bytes], by which a seed can be verified but not computed.
 
@@ -320,11 +333,12 @@ def answer_shapes(public: PublicRound, reported: np.ndarray) -> dict[str, tuple[
         public: the round.
         reported: which clients reported, bool [cohort].
     """
-    clients: list[int] = np.flatnonzero(reported).tolist()
-    rows = sum(len(seeds_to_open(public, client, reported)) for client in clients)
+    clients = int(reported.sum())
+    # One row for each of `seeds_to_open`.
+    rows = clients + int(public.edges[reported][:, ~reported].sum())
     members = len(public.members(reported))
     return {
-        "body": (len(clients) + rows * SEED + TAG,),
+        "body": (clients + rows * SEED + TAG,),
         "commitment": (SEED,),
         "locks": (members, 32),
         "opens": (members, 32),
