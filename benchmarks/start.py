@@ -25,8 +25,15 @@ from pathlib import Path
 
 FIRST_STEP = """
 import os, sys, time
-import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+
+class Hook:
+    # Sets the hook when torch has been imported, which the command line does in its own way.
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name == "fedpress.training.fit":
+            sys.meta_path.remove(cls)
+            from torch.optim.optimizer import register_optimizer_step_post_hook
+            register_optimizer_step_post_hook(stop)
 
 def stop(*_):
     used = os.times()
@@ -34,11 +41,11 @@ def stop(*_):
     sys.__stderr__.flush()
     os._exit(0)
 
-register_optimizer_step_post_hook(stop)
+sys.meta_path.insert(0, Hook)
 from fedpress.cli import main
 main()
 """
-"""The command line, with a hook behind the first step; `import torch` comes first in it anyway."""
+"""The command line, with a hook behind the first step."""
 
 IMPORT = """
 import os, sys, time

@@ -19,7 +19,7 @@ class Clip(BaseModel):
     Bound(size=3, l2=1.0, linf=1.0, integer=False, spread=inf, shapes=(), decoded_l2=1.0)
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["clip"] = "clip"
     clip_norm: float = Field(

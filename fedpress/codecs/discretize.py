@@ -43,7 +43,7 @@ class Discretize(BaseModel):
     them.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["discretize"] = "discretize"
     bits: int | None = Field(

@@ -26,7 +26,7 @@ class LowRank(BaseModel):
     feedback: it adds what was lost to the client's next update.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["lowrank"] = "lowrank"
     rank: int = Field(

@@ -23,7 +23,7 @@ class Noise(BaseModel):
     follow from a privacy budget. For a guarantee, use the key `privacy = {...}` instead.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["noise"] = "noise"
     std: float = Field(

@@ -24,7 +24,7 @@ class Powers(BaseModel):
     True
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["powers"] = "powers"
     k: int = Field(

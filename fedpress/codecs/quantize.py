@@ -43,7 +43,7 @@ class Quantize(BaseModel):
     True
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["quantize"] = "quantize"
     rate: float | None = Field(
@@ -109,7 +109,7 @@ class Sign(BaseModel):
     True
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["sign"] = "sign"
     block: int = Field(default=4096, ge=16, le=1 << 20, description="values that share one scale")
@@ -134,7 +134,7 @@ class Ternary(BaseModel):
     True
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["ternary"] = "ternary"
     block: int = Field(default=4096, ge=16, le=1 << 20, description="values that share one scale")

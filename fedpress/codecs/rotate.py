@@ -31,7 +31,7 @@ class Rotate(BaseModel):
     positions 0 to 3 and 4 to 7, and then at 6 to 9.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["rotate"] = "rotate"
     block: int = Field(

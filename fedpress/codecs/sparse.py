@@ -22,7 +22,7 @@ class TopK(BaseModel):
     client's next update (Stich et al. 2018, arXiv:1809.07599).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["topk"] = "topk"
     density: float = Field(default=0.01, gt=0, le=1, description="share of the values that is kept")
@@ -68,7 +68,7 @@ class RandomK(BaseModel):
     error feedback, which adds what was not sent to the client's next update.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["randomk"] = "randomk"
     density: float = Field(default=0.1, gt=0, le=1, description="share of the values that is sent")

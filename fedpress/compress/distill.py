@@ -31,7 +31,7 @@ class DistillSettings(BaseModel):
     has this name in both networks, else a pair [student's name, teacher's name].
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     temperature: float = Field(
         default=4.0,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from fedpress.data import images
 from fedpress.data.examples import Progress
 from fedpress.errors import DataError
 
@@ -81,7 +80,8 @@ def read(files: list[Path], progress: Progress | None) -> dict[str, tuple[np.nda
 
 
 def _read_file(file: Path, progress: Progress | None) -> tuple[np.ndarray, np.ndarray]:
-    # Imported here, because pyarrow is slow to import and other sources do not need it.
+    # Imported here, because pyarrow is slow to import, and other sources need neither it nor pillow.
+    from fedpress.data import images
     from fedpress.data.tables import read_parquet
 
     table = read_parquet(file)

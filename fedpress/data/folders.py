@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fedpress.core.examples import Arrays
-from fedpress.data import images
 from fedpress.data.classes import number_classes
 from fedpress.data.examples import InputRows, Progress, SourceRows, TargetRows
 from fedpress.data.settings import DataSettings
@@ -34,6 +33,9 @@ def read_folders(settings: DataSettings, progress: Progress | None) -> SourceRow
         raise DataError(
             f"no folder '{settings.path}'", place="source 'folders'", cure="check the path"
         )
+    # Imported here, because other sources do not need pillow.
+    from fedpress.data import images
+
     files = {client.name: _images(client) for client in _folders(settings.path)}
     if not files:
         raise DataError(

@@ -18,8 +18,11 @@ from fedpress.core.inputs import Inputs, NamedInputs, inputs_text, join, shape_t
 from fedpress.data.classes import number_classes, rows_that_define_classes, with_other_class
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import SourceRows, TargetRows
+from fedpress.data.partition_labels import (
+    partition_labels_of_flags,
+    partition_labels_of_numbers,
+)
 from fedpress.data.settings import DataSettings
-from fedpress.data.targets import partition_labels_of_flags, partition_labels_of_numbers
 from fedpress.errors import DataError, FedpressError, ModelError
 from fedpress.tasks.classification import IGNORED
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from fedpress.core.examples import Arrays
 from fedpress.data import columns, csv, tables
 from fedpress.data.columns import Column
+from fedpress.data.new_rows import prepare
 from fedpress.data.preparation import Preparation
-from fedpress.data.prepare import prepare
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import READERS
 from fedpress.errors import DataError

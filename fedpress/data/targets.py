@@ -1,10 +1,4 @@
-"""Reads the label columns of a table; each kind of targets has its own reader.
-
-Partitioners, which divide rows among clients, need one label for each row. If the target is a
-number, this label is the decile of the number. So with `dirichlet` some clients get mostly high
-values and other clients mostly low values. If the target is several labels, each combination of
-labels counts as one label.
-"""
+"""Reads the label columns of a table; each kind of targets has its own reader."""
 
 from __future__ import annotations
 
@@ -21,12 +15,13 @@ from torch import Tensor
 from fedpress import tasks
 from fedpress.data.columns import Column, LabelColumn, is_number, refuse_missing
 from fedpress.data.examples import TargetRows
+from fedpress.data.partition_labels import (
+    partition_labels_of_flags,
+    partition_labels_of_numbers,
+)
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 from fedpress.tasks.base import Targets
-
-# Numbers are divided into this many groups (deciles).
-GROUPS = 10
 
 
 class TargetReader(Protocol):
@@ -44,27 +39,6 @@ class TargetReader(Protocol):
 def targets_of(settings: DataSettings) -> Targets:
     """Returns the kind of targets that the task of the recipe needs."""
     return tasks.find(tasks.kind_of(settings.task or tasks.Classification.kind)).targets
-
-
-def partition_labels_of_numbers(values: Tensor) -> Tensor:
-    """Returns int64 [n]: the decile of each row's number, from 0 to 9.
-
-    If a row has several numbers, the first is used.
-
-    >>> partition_labels_of_numbers(torch.arange(20.0)).bincount().tolist()
-    [2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
-    """
-    first = values if values.dim() == 1 else values[:, 0]
-    rank = torch.empty(len(first), dtype=torch.int64)
-    rank[first.argsort(stable=True)] = torch.arange(len(first))
-    # By rank, not by value, so that all ten groups have the same number of rows.
-    return rank * GROUPS // max(1, len(first))
-
-
-def partition_labels_of_flags(flags: Tensor) -> Tensor:
-    """Returns int64 [n]: the same number for rows with the same labels [n, k] of 0 and 1."""
-    numbers: Tensor = flags.nan_to_num().unique(dim=0, return_inverse=True)[1]
-    return numbers.flatten()
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Delays(Protocol):
 class Constant(BaseModel):
     """Every client always takes the same time."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["constant"] = "constant"
     seconds: float = Field(
@@ -56,7 +56,7 @@ class Lognormal(BaseModel):
     client in six takes at least 2.7 times as long as the median, and one in 44 at least 7.4 times.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["lognormal"] = "lognormal"
     median: float = Field(
@@ -90,7 +90,7 @@ class Lognormal(BaseModel):
 class Exponential(BaseModel):
     """Equal devices; the time of a task has an exponential distribution."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["exponential"] = "exponential"
     mean: float = Field(

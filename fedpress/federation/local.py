@@ -46,7 +46,7 @@ class LocalSettings(BaseModel):
     If privacy protects single examples (unit "sample"), the privacy plan replaces `epochs`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     epochs: int = Field(
         default=1,

@@ -85,7 +85,7 @@ class ModelSpec(BaseModel):
         input_dtype: dtype of one example; for several inputs {argument of forward: dtype}.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     architecture: str
     arguments: dict[str, JsonValue] = {}

@@ -47,7 +47,7 @@ T = TypeVar("T", bound=BaseModel)
 class ServerConfig(BaseModel):
     """The file `server.toml`: where the server listens, and which clients' keys it accepts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     host: str = Field(description="the name or address by which clients reach the server")
     port: int = Field(PORT, ge=1, le=65535, description="the one port that must be open")
@@ -58,7 +58,7 @@ class ServerConfig(BaseModel):
 class ClientConfig(BaseModel):
     """The file `client.toml`: name of the client, and address of its server."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     name: ClientId = Field(description="name of this client in server.toml")
     server: str = Field(description="host:port of the server")

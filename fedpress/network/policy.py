@@ -77,7 +77,7 @@ def _no_privacy(value: Any) -> Any:
 class PrivacyRules(BaseModel):
     """The section `[privacy]`: which differential privacy every run must promise."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     unit: Literal["sample", "client"] = Field(
         default="sample",
@@ -118,7 +118,7 @@ class Policy(BaseModel):
     Example: `min_cohort = 5` alone allows all models, but only rounds with at least 5 clients.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     server: Annotated[str, AfterValidator(_fingerprint)] | None = Field(
         default=None,

@@ -42,7 +42,7 @@ class WeightQuantization(BaseModel):
     7
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["int", "ternary", "binary", "codebook"] = "int"
     bits: int = Field(8, ge=1, le=8)
@@ -130,7 +130,7 @@ class InputQuantization(BaseModel):
     (True, False)
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     bits: int = Field(8, ge=1, le=8)
     dynamic: bool = False
@@ -177,7 +177,7 @@ class QuantizationScheme(BaseModel):
     True
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     weights: WeightQuantization | None = None
     inputs: InputQuantization | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -154,23 +155,39 @@ def _commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        commit = _git(root, "describe", "--always", "--abbrev=10")
-        # Not `describe --dirty`: it writes the repository's index, and would leave a lock behind if
-        # it were killed then, for instance because the disk is full.
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        # Both at the same time: each needs some hundredths of a second.
+        with (
+            _git(root, "describe", "--always", "--abbrev=10") as describe,
+            # Not `describe --dirty`: it writes the repository's index, and would leave a lock
+            # behind if it were killed then, for instance because the disk is full.
+            _git(root, "status", "--porcelain", "--untracked-files=no") as status,
+        ):
+            commit, changed = _output(describe), _output(status)
     # git is not installed, too slow, or refuses a folder of another user. The run goes on.
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{commit}-dirty" if changed else commit
 
 
-def _git(root: Path, *words: str) -> str:
-    """Returns what a command of git prints; git writes nothing in the repository."""
-    done = subprocess.run(
-        ["git", "--no-optional-locks", "-C", str(root), *words],
-        capture_output=True,
-        text=True,
-        timeout=10,
-        check=True,
-    )
-    return done.stdout.strip()
+@contextmanager
+def _git(root: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """Starts a command of git, which writes nothing in the repository; ends it after the block."""
+    command = ["git", "--no-optional-locks", "-C", str(root), *words]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # does nothing if it has ended
+
+
+def _output(process: subprocess.Popen[str]) -> str:
+    """Returns what a command of git has printed.
+
+    Raises:
+        SubprocessError: if it takes longer than 10 s, or fails.
+    """
+    printed, _ = process.communicate(timeout=10)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return printed.strip()

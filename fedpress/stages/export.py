@@ -41,7 +41,7 @@ class ExportStage(BaseModel, Stage):
     reports_artifact: ClassVar = True
     several_inputs: ClassVar = True
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["export"]
     name: Name = "export"

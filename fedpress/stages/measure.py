@@ -33,7 +33,7 @@ class MeasureStage(BaseModel, Stage):
     changes_model: ClassVar = False
     repeats_measurements: ClassVar = True
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["measure"]
     name: Name = "measure"

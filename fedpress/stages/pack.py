@@ -22,7 +22,7 @@ class PackStage(BaseModel, Stage):
     changes_model: ClassVar = False
     needs_buildable_spec: ClassVar = True
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["pack"]
     name: Name = "pack"

@@ -31,7 +31,7 @@ Size = Annotated[int, Field(ge=0, lt=1 << 48, strict=True)]
 class Blob(BaseModel):
     """Tensors of one dtype, stored one after another: name -> shape."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     dtype: Type
     tensors: dict[str, tuple[Size, ...]] = Field(min_length=1)
@@ -48,7 +48,7 @@ class TensorTable(BaseModel):
         same: name of a tensor -> name of the earlier tensor with which it shares its memory.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     blobs: dict[str, Blob]
     same: dict[str, str] = {}

@@ -21,7 +21,7 @@ class Augment(BaseModel):
     "alternate" then does the same as "random".
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     crop: float = Field(
         default=0.0,

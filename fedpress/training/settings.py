@@ -62,7 +62,7 @@ class TrainSettings(BaseModel):
     of quantizers. See `docs/training.md`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     # 0 is allowed: the stage then does only its other work, such as rounding weights.
     epochs: int = Field(ge=0, description="passes over the public part")

@@ -68,7 +68,7 @@ class LocalSettings(BaseModel):
             "real": they are converted to bytes and back, as over a network. The results are equal.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["local"] = "local"
     bytes: Literal["computed", "real"] = "computed"
@@ -115,7 +115,7 @@ class StackedSettings(BaseModel):
         at_once: largest number of clients in it; None: up to 128, fewer of large models.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["stacked"] = "stacked"
     at_once: int | None = Field(default=None, ge=1)
@@ -130,7 +130,7 @@ def open_stacked(settings: StackedSettings) -> Iterator[StackedEngine]:
 class AutoSettings(BaseModel):
     """Settings of the default engine: there are none except its name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["auto"] = "auto"
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fedpress
+from fedpress.data.new_rows import prepare
 from fedpress.data.preparation import Preparation
-from fedpress.data.prepare import prepare
 from fedpress.errors import FedpressError, ModelError
 
 X = torch.randn(120, 6, generator=torch.Generator().manual_seed(0))

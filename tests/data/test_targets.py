@@ -5,7 +5,10 @@ import torch
 from pydantic import ValidationError
 
 from fedpress.data import DataSettings, load
-from fedpress.data.targets import partition_labels_of_flags, partition_labels_of_numbers
+from fedpress.data.partition_labels import (
+    partition_labels_of_flags,
+    partition_labels_of_numbers,
+)
 from fedpress.errors import DataError
 
 ROWS = 40

@@ -27,7 +27,7 @@ class CoordinateWise(BaseModel):
     It keeps all updates of a round in memory: cohort x d float32 values.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     def centre(self, rows: Tensor) -> Tensor:
         """Returns the centre [d] of each column of `rows` [n, d] in float64."""

@@ -26,7 +26,7 @@ costs one further addition."""
 class Mean(BaseModel):
     """Adds weight x update over all clients; the server later divides the sum."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["mean"] = "mean"
 

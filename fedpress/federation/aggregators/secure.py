@@ -28,7 +28,7 @@ from fedpress.wire.message import Message
 class Secure(BaseModel):
     """The value `aggregator = "secure"` of a recipe. The stage makes a `SecureSum` in its place."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["secure"] = "secure"
 

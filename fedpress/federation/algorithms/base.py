@@ -161,7 +161,7 @@ class AlgorithmRow(BaseModel):
     Example: FedProx overrides `client_update`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     @property
     def optimizer(self) -> Server:

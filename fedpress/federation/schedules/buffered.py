@@ -32,7 +32,7 @@ class Buffered(BaseModel):
     buffer. An update that is s steps old is multiplied by (1 + s)^-staleness_exponent.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["buffered"] = "buffered"
     buffer: int = Field(default=10, ge=1, description="updates in one server step")

@@ -53,7 +53,7 @@ class Synchronous(BaseModel):
             2019, arXiv:1902.01046, section 2).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["synchronous"] = "synchronous"
     deadline: Annotated[float | None, BeforeValidator(_seconds)] = Field(

@@ -33,7 +33,7 @@ class ModelSettings(BaseModel):
     (a state dict). A `checkpoint` is a saved model, which contains its architecture.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     architecture: str | None = Field(
         None,
@@ -105,7 +105,7 @@ class Recipe(BaseModel):
     3
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     def __init__(self, **tables: Any) -> None:
         """Checks the tables.

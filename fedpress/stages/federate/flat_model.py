@@ -35,7 +35,7 @@ class Entry(BaseModel):
         shape: shape of the tensor.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     name: str
     dtype: str

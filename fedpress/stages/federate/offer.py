@@ -83,7 +83,7 @@ class OfferedStage(FederateSettings):
 class _Facts(BaseModel):
     """Further entries of the offer, in addition to settings and model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     fedpress: str
     streams: int

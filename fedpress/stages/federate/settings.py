@@ -29,7 +29,7 @@ class PrivacySettings(ReadsOldKeys):
     and epsilon is computed from it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     # Recipes and run folders of older versions have trust = "secure", which is now "distributed".
     renamed: ClassVar[tuple[Renamed, ...]] = (Renamed("trust", "secure", "trust", "distributed"),)
 
@@ -122,7 +122,7 @@ class CorrelatedNoise(BaseModel):
     client takes part in every 4th round at most.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     # Each band costs a draw of noise in every round, and more bands hardly lower the error.
     bands: int = Field(
@@ -136,7 +136,7 @@ class CorrelatedNoise(BaseModel):
 class FederateSettings(LocalSettings, ReadsOldKeys):
     """The keys of a federate stage. The keys of local training are in `LocalSettings`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     renamed: ClassVar[tuple[Renamed, ...]] = (
         Renamed("sum", "secure", "aggregator", "secure"),
         Renamed("sum", "plain", "aggregator", None),

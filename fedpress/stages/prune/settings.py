@@ -31,7 +31,7 @@ TARGET_KEYS = ("keep_params", "keep_macs", "keep_latency", "max_bytes")
 class PruneSettings(BaseModel):
     """The keys of a prune stage."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["prune"]
     name: Name = "prune"

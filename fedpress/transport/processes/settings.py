@@ -51,7 +51,7 @@ class ProcessSettings(BaseModel):
         workers: number of worker processes; None: one for each core. Each computes with one thread.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["processes"] = "processes"
     workers: int | None = Field(default=None, ge=1)

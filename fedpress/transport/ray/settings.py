@@ -35,7 +35,7 @@ class RaySettings(BaseModel):
             more actors than clients.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Literal["ray"] = "ray"
     address: str | None = None
