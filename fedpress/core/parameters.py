@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from fedpress.errors import WireError
 
+TINY = 1 << 16
+"""Number of values up to which a copy costs less than one call of torch for each parameter."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -49,8 +52,11 @@ def flatten(model: nn.Module) -> Tensor:
 def change(model: nn.Module, start: Tensor) -> Tensor:
     """Returns how the trainable parameters differ from `start` [d], as float32 [d] on the CPU.
 
-    It is `flatten(model) - start` without a copy of the parameters.
+    It is `flatten(model) - start`, without a copy of the parameters if they are many.
     """
+    # For a tiny model one subtraction more costs more than a copy.
+    if len(start) <= TINY:
+        return flatten(model) - start
     found = torch.empty_like(start)
     at = 0
     with torch.no_grad():
@@ -76,12 +82,11 @@ def assign_(model: nn.Module, vector: Tensor) -> None:
             place="vector",
             cure=f"send a vector of shape [{size}]",
         )
-    at = 0
     # Without `no_grad`, torch refuses to write into a parameter in place.
     with torch.no_grad():
-        for p in params:
-            p.copy_(vector[at : at + p.numel()].view(p.shape))
-            at += p.numel()
+        parts = vector.split([p.numel() for p in params])
+        for p, part in zip(params, parts, strict=True):
+            p.copy_(part.view(p.shape))
 
 
 def tensors_under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

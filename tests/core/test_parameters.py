@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from fedpress.core.parameters import Layout, assign_, flatten, trainable
+from fedpress.core.parameters import TINY, Layout, assign_, change, flatten, trainable
 from fedpress.errors import WireError
 
 
@@ -81,3 +81,14 @@ def test_a_model_that_trains_nothing_is_an_empty_vector():
     assert Layout.of(model) == Layout((), ())
     assert Layout.of(model).size == 0
     assign_(model, torch.zeros(0))
+    assert change(model, torch.zeros(0)).shape == (0,)
+
+
+@pytest.mark.parametrize("width", [3, 300])  # below and above the size that is copied
+def test_the_change_is_the_difference_of_the_flat_vectors(width):
+    model = nn.Sequential(nn.Linear(width, width), nn.Linear(width, 2))
+    start = torch.linspace(-1, 1, Layout.of(model).size)
+    before = flatten(model)
+    assert (len(start) > TINY) == (width == 300)
+    assert change(model, start).equal(before - start)
+    assert flatten(model).equal(before)
