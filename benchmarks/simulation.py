@@ -46,10 +46,12 @@ import numpy as np
 HERE = Path(__file__).parent / "rivals"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedpress" / "rivals"
 TORCH = "torch==2.13.0"
+# The programs read the data with it, and neither torch nor BlazeFL brings it.
+NUMPY = "numpy==2.4.6"
 PINS = {
     "pfl": (TORCH, "pfl==0.6.0"),
     "flower": (TORCH, "flwr[simulation]==1.42.0", "ray==2.55.1"),
-    "blazefl": (TORCH, "blazefl==2.0.3"),
+    "blazefl": (TORCH, NUMPY, "blazefl==2.0.3"),
 }
 """Name of a rival -> what its environment holds; torch is installed first."""
 
@@ -62,7 +64,7 @@ SCRIPTS = {
     "central": "central.py",
     "pfl": "pfl_research.py",
     "flower": "flower.py",
-    "blazefl": "blazefl_threads.py",
+    "blazefl": "blazefl_pools.py",
 }
 """Name of a simulator -> its program in `benchmarks/rivals`."""
 
@@ -79,6 +81,8 @@ RIVALS = (
     "flower/ray/bf16",
     "blazefl/threads/float32",
     "blazefl/threads/bf16",
+    "blazefl/processes/float32",
+    "blazefl/processes/bf16",
 )
 
 WITH: dict[str, dict[str, Any]] = {
@@ -266,7 +270,10 @@ def prepare(environments: Path, names: Sequence[str]) -> None:
     """Makes the environments of rivals that are not there yet; tells which one fails."""
     for name in names:
         place = environments / name
-        if (place / "ready").exists():
+        pins = "\n".join(PINS[name])
+        ready = place / "ready"
+        # An environment of other pins is made anew.
+        if ready.exists() and ready.read_text("utf-8") == pins:
             print(f"{name}: ready in {place}")
             continue
         shutil.rmtree(place, ignore_errors=True)
@@ -283,7 +290,7 @@ def prepare(environments: Path, names: Sequence[str]) -> None:
             shutil.rmtree(place, ignore_errors=True)
             print(f"{name}: not installed; this failed: {' '.join(failed)}")
             continue
-        (place / "ready").write_text("\n".join(PINS[name]), "utf-8")
+        ready.write_text(pins, "utf-8")
         print(f"{name}: ready in {place}")
 
 

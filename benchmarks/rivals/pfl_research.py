@@ -113,6 +113,10 @@ def main() -> None:
     )
     if pytorch_ops.distributed.global_rank == 0:
         clock.write(laps.accuracy, ["pfl"])
+    if processes > 1:
+        # A process that ends with its group open may be aborted (SIGABRT): threads of the group
+        # still hold tensors while the interpreter is taken down (pytorch/pytorch#179291).
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -90,6 +90,27 @@ def test_a_missing_rival_is_refused_with_the_command_that_installs_it(tmp_path):
     assert f"pfl is not in {tmp_path}: run simulation.py --prepare --only 'pfl/*'" in told
 
 
+def test_an_environment_of_other_pins_is_made_anew(simulation, tmp_path, monkeypatch):
+    steps = []
+
+    def done(command: list[str]) -> subprocess.CompletedProcess[str]:
+        steps.append(command)
+        # The first command would make this folder.
+        (tmp_path / "pfl").mkdir(exist_ok=True)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(simulation.subprocess, "run", done)
+    simulation.prepare(tmp_path, ["pfl"])
+    made = len(steps)
+    assert made > 0
+    simulation.prepare(tmp_path, ["pfl"])
+    assert len(steps) == made
+    monkeypatch.setitem(simulation.PINS, "pfl", ("torch==2.13.0", "pfl==0.7.0"))
+    simulation.prepare(tmp_path, ["pfl"])
+    assert len(steps) == 2 * made
+    assert "pfl==0.7.0" in steps[-1]
+
+
 def test_held_out_images_are_in_no_client(simulation, tmp_path):
     size = simulation.Size(clients=3, images=4, cohort=2, batch=2, held=5)
     assert simulation.write_arrays(tmp_path, None, size) == "made images"
