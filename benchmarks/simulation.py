@@ -16,6 +16,18 @@ take turns. `s/round` is the mean of a run's rounds without its first; the table
 of the runs, with the smallest and largest. `start` ends when the first round begins, `end` begins
 after the last round: fedpress evaluates the clients there.
 
+Each rival runs as its authors recommend, with one worker for each core. What was found out about
+them on the way:
+
+- flower/ray: for each of the 1,000 clients, the thread of Flower 1.42 that hands out messages looks
+  through all 50 that are stored (`add_messages_to_queue`): this takes most of a core during a whole
+  round. Ray's actors have niceness 15 by default, so this thread and whatever else runs starve
+  them: on 2 busy cores a round took 133 s, and 22 s with niceness 0, which is set here.
+- blazefl/threads: made for a Python without the global lock, which is not in the table.
+  blazefl/processes is what BlazeFL has for other Pythons.
+- pfl/processes: a process that ends without closing torch's process group may be aborted while the
+  interpreter is taken down, so the program closes it.
+
 `--log FILE` appends each run to FILE, so that a long measurement may be done in pieces;
 `--table FILE` prints the table of all of them. The environments of the rivals lie in
 `--environments` (by default in the user's cache), where `--prepare` puts them with their pins.
@@ -216,6 +228,9 @@ class Bench:
         # Each program sets its own number of threads.
         environment.pop("OMP_NUM_THREADS", None)
         environment |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+        # Ray's actors have niceness 15 by default and lose to any other process, above all to
+        # Flower's own server: its thread that looks for messages keeps a core busy all the time.
+        environment["RAY_worker_niceness"] = "0"
         # A session of its own, so that all processes of a simulator end with it.
         process = subprocess.Popen(
             command,

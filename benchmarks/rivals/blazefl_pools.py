@@ -5,7 +5,8 @@ the threads wait for each other between torch's operations. For other Pythons it
 new pool in each round, models in shared memory. Engine "threads" and engine "processes".
 
 Its own FedAvg builds the network anew for each client and loads images one by one; here each
-worker keeps a network, and batches are gathered from memory, as the other simulators do.
+worker keeps a network, and batches are gathered from memory, as the other simulators do. In bf16
+only the images are channels last: BlazeFL cannot make a vector of weights that are.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from blazefl.core import (
     deserialize_model,
     serialize_model,
 )
-from plain import as_dense, network, one_epoch
-from shared import Clock, Images, Task, accuracy, load
+from plain import as_dense, one_epoch
+from shared import Clock, Images, Task, accuracy, cnn, load
 from torch import Tensor, nn
 
 
@@ -65,7 +66,7 @@ class Threads(ThreadPoolClientTrainer[Package, Package]):
         self.stop_event = threading.Event()
         self.models: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
         for _ in range(task.threads):
-            self.models.put(network(task))
+            self.models.put(cnn())
 
     def worker(
         self, cid: int, device: str, payload: Package, stop_event: threading.Event
@@ -101,7 +102,7 @@ class Processes(ProcessPoolClientTrainer[Package, Package, Job]):
 
     def __init__(self, task: Task, data: Images) -> None:
         """Puts what all processes need where a fork finds it: in the class."""
-        Processes.task, Processes.data, Processes.model = task, data, network(task)
+        Processes.task, Processes.data, Processes.model = task, data, cnn()
         self.num_parallels = task.threads
         self.share_dir = Path()
         self.device = "cpu"
@@ -148,7 +149,7 @@ def main() -> None:
     raw = load(task.folder)
     data = Images(as_dense(raw.x, task), raw.y, as_dense(raw.held_x, task), raw.held_y, raw.clients)
     trainer = TRAINERS[task.engine](task, data)
-    model = network(task)
+    model = cnn()
     clock.lap()
     share = 0.0
     for _ in range(task.rounds):
