@@ -31,6 +31,9 @@ EXACT = ("fedavg", "examples", "fedavgm", "fedadam", "qfedavg", "median", "trimm
 """Cases without a codec, so that rounding stays rounding."""
 
 
+SERVER_NOISE = ("client", "adaptive")
+"""Cases whose noise is another one if the sum has another last bit; with little noise the rest can be
+compared."""
 SLOW = ("rotated", "distributed", "secure")
 STACKED = [
     pytest.param(case, marks=pytest.mark.recipe if case in SLOW else ())
@@ -41,7 +44,10 @@ STACKED = [
 
 @pytest.mark.parametrize("case", STACKED)
 def test_stacks_give_the_numbers_and_bytes_of_clients_one_after_another(case):
-    loaded = recipes.load(SMALL + CASES[case])
+    text = SMALL + CASES[case]
+    if case in SERVER_NOISE:
+        text = text.replace("noise_multiplier = 1.0", "noise_multiplier = 0.001")
+    loaded = recipes.load(text)
     expected = finished(loaded, LocalEngine())
     engine = StackedEngine()
     found = finished(loaded, engine)
