@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -181,13 +182,8 @@ def _unprunable(ids: ChannelIds, labels: Ints) -> dict[str, str]:
 
 def _grouping(ids: ChannelIds, labels: Ints, tensor_axes: Sequence[TensorAxis]) -> Grouping:
     """Groups the prunable classes that occur on the same axes of the same tensors."""
-    names = _first_writers(ids, labels)
-    touched = _touched_places(ids, labels, tensor_axes, names)
-    classes_by_owners: dict[tuple[int, ...], list[int]] = {}
-    for label, places in touched.items():
-        key = tuple(owner for owner, _ in places)
-        classes_by_owners.setdefault(key, []).append(label)
-
+    writers = _first_writers(ids, labels)
+    places = _touched_places(ids, labels, tensor_axes, writers)
     # All ids of an axis have the same role, so the role is stored under the first id only.
     roles = {}
     for axis, role, _ in ids.roles:
@@ -197,20 +193,19 @@ def _grouping(ids: ChannelIds, labels: Ints, tensor_axes: Sequence[TensorAxis]) 
     groups: list[ChannelGroup] = []
     group_of = np.full(ids.count, -1, dtype=np.int64)
     channel_of = np.full(ids.count, -1, dtype=np.int64)
-    for group_owners, classes in classes_by_owners.items():
-        rows = []
-        for label in classes:
-            rows.append([index for _, index in touched[label]])
-        table = np.array(rows, dtype=np.int64)  # [channels, places]
+    for group_owners, classes in places.classes_by_owners().items():
+        starts = places.starts[classes]
+        table = places.indices[starts[:, None] + np.arange(len(group_owners))]  # [channels, places]
 
         # Channel 0 is the one that comes first in the first tensor.
         order = np.argsort(table[:, 0], kind="stable")
-        group_of[classes] = len(groups)
-        channel_of[np.array(classes)[order]] = np.arange(len(classes))
+        members = places.labels[classes]
+        group_of[members] = len(groups)
+        channel_of[members[order]] = np.arange(len(members))
 
         # One module may compute several groups, for instance the queries and values of attention.
         # Names must be unique, since plans and sensitivities refer to groups by name.
-        name = names[classes[0]]
+        name = writers[int(members[0])]
         name_counts[name] += 1
         unique_name = name if name_counts[name] == 1 else f"{name}#{name_counts[name]}"
         slices = tuple(_slices(group_owners, table[order], tensor_axes, roles))
@@ -226,17 +221,61 @@ def _first_writers(ids: ChannelIds, labels: Ints) -> dict[int, str]:
     return names
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where the prunable classes occur: class c has the entries from starts[c] to starts[c + 1].
+
+    Attributes:
+        labels: [classes], the label of each class.
+        starts: [classes + 1], positions in the two arrays below.
+        owners: [entries], positions in `tensor_axes`.
+        indices: [entries], indices on these axes.
+    """
+
+    labels: Ints
+    starts: Ints
+    owners: Ints
+    indices: Ints
+
+    def classes_by_owners(self) -> dict[tuple[int, ...], list[int]]:
+        """Returns owners -> the classes that occur there, both in order of the classes."""
+        # Bytes are hashed much faster than tuples of numbers, and wide networks have many classes.
+        found: dict[bytes, list[int]] = {}
+        bounds = self.starts.tolist()
+        for i, (start, end) in enumerate(pairwise(bounds)):
+            found.setdefault(self.owners[start:end].tobytes(), []).append(i)
+        by_owners = {}
+        for classes in found.values():
+            first = classes[0]
+            by_owners[tuple(self.owners[bounds[first] : bounds[first + 1]].tolist())] = classes
+        return by_owners
+
+
 def _touched_places(
-    ids: ChannelIds, labels: Ints, tensor_axes: Sequence[TensorAxis], names: Mapping[int, str]
-) -> dict[int, list[tuple[int, int]]]:
-    """Returns where each prunable class occurs: pairs (position in `tensor_axes`, index on it)."""
+    ids: ChannelIds, labels: Ints, tensor_axes: Sequence[TensorAxis], writers: Mapping[int, str]
+) -> _Places:
+    """Returns where each prunable class occurs, with the classes in the order of `writers`."""
     kept = _kept_classes(ids, labels)
-    touched: dict[int, list[tuple[int, int]]] = {n: [] for n in names if n not in kept}
-    for owner, (_, _, axis) in enumerate(tensor_axes):
-        for index, label in enumerate(labels[axis].tolist()):
-            if label in touched:
-                touched[label].append((owner, index))
-    return touched
+    prunable = np.array([label for label in writers if label not in kept], dtype=np.int64)
+    class_of = np.full(ids.count, -1, dtype=np.int64)
+    class_of[prunable] = np.arange(len(prunable))
+
+    axes = [axis for _, _, axis in tensor_axes]
+    sizes = [len(axis) for axis in axes]
+    none = np.zeros(0, dtype=np.int64)
+    classes = class_of[labels[np.concatenate([none, *axes])]]
+    owners = np.repeat(np.arange(len(axes)), sizes)
+    indices = np.concatenate([none, *(np.arange(size) for size in sizes)])
+    # Stable, so that the entries of each class stay in the order of axes and indices.
+    order = np.argsort(classes, kind="stable")
+    order = order[np.searchsorted(classes[order], 0) :]  # -1: not prunable
+    found, starts = np.unique(classes[order], return_index=True)
+    return _Places(
+        labels=prunable[found],
+        starts=np.append(starts, len(order)),
+        owners=owners[order],
+        indices=indices[order],
+    )
 
 
 def _slices(

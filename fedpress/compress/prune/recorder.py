@@ -41,17 +41,22 @@ class Recorder(TorchFunctionMode):
         self._names = {id(module._parameters): name for name, module in model.named_modules()}
         # For each module: how often each place was reached in its latest forward.
         self._counts: dict[int, Counter[str]] = {}
+        self._depth = 0  # how many forwards of the model run
 
     def __enter__(self) -> Recorder:
         """Starts recording."""
         for module in self._model.modules():
             self._hooks.append(module.register_forward_pre_hook(self._begin))
-        super().__enter__()  # type: ignore[no-untyped-call]
+        # Only during forward: `torch.export` reads thousands of attributes of tensors before and
+        # after it, and a mode costs time at each of them. The first to start and the last to end,
+        # so that the modes which correct numbers of an earlier pruning are handled before it.
+        start = self._model.register_forward_pre_hook(self._start, prepend=True)
+        end = self._model.register_forward_hook(self._end, always_call=True)
+        self._hooks += [start, end]
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Stops recording."""
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
 
@@ -66,6 +71,17 @@ class Recorder(TorchFunctionMode):
             key = call.module, call.place
             found[key] = max(found.get(key, 0), call.occurrence + 1)
         return found
+
+    def _start(self, module: nn.Module, _: Any) -> None:
+        # A model may call itself within its forward.
+        if self._depth == 0:
+            super().__enter__()  # type: ignore[no-untyped-call]
+        self._depth += 1
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _begin(self, module: nn.Module, _: Any) -> None:
         self._counts[id(module._parameters)] = Counter()
