@@ -113,3 +113,27 @@ def test_images_of_two_sizes_and_small_ones_stay_whole():
     assert smaller_images([torch.zeros(2, 30)]) is None
     (wide,) = smaller_images([torch.zeros(2, 3, 100, 1024)])
     assert wide.shape == (2, 3, 100, 256)
+
+
+class Norms(nn.Module):
+    """Batch norms that a dry run only checks, and one that uses the statistics of the batch."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.conv, self.a = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(width)
+        self.b, self.c = nn.BatchNorm2d(8, affine=False), nn.BatchNorm1d(8)
+        self.d = nn.BatchNorm2d(8, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.d(self.b(self.a(self.conv(x)))).mean((2, 3)))
+
+
+def test_dry_batch_norms_call_the_functions_of_a_real_run():
+    model, x, real = Norms(), torch.randn(2, 3, 8, 8), CalledFunctions()
+    with real:
+        model.eval()(x)
+    assert dry_calls(lambda: meta_copy(model), [x]) == real.functions
+
+
+def test_dry_batch_norms_see_a_wrong_width():
+    assert dry_calls(lambda: meta_copy(Norms(7)), [torch.randn(2, 3, 8, 8)]) is None

@@ -199,3 +199,35 @@ def test_outputs_of_any_size_are_compared_relative_to_it():
     small.scale = 1.05e-4
     with pytest.raises(ModelError, match="differs from the masked one"):
         check_parity(model, small, cut, x)
+
+
+@pytest.mark.parametrize("rows", [(2, 3, 4), (0, 3, 5), (5,)])
+@pytest.mark.parametrize("columns", [(0, 1), (0, 2), (1, 2, 3)])
+def test_removed_and_masked_weights_are_those_of_plain_indexing(rows, columns):
+    keep = {"weight": {0: rows, 1: columns}}
+    cut = PruningPlan(keep=keep, layers=(), unprunable={}, parameters_before=24, parameters_after=6)
+    dense, small, masked = (nn.Linear(4, 6, bias=False) for _ in range(3))
+    small.load_state_dict(dense.state_dict())
+    masked.load_state_dict(dense.state_dict())
+    before = dense.weight.detach().clone()
+    remove_(small, cut)
+    mask_(masked, cut)
+
+    inside = torch.zeros(6, 4)
+    inside[torch.tensor(rows)[:, None], torch.tensor(columns)] = 1
+    assert torch.equal(masked.weight, before * inside)
+    assert torch.equal(small.weight, before[list(rows)][:, list(columns)])
+    assert small.weight.is_contiguous()
+
+
+def test_a_removed_weight_has_memory_of_its_own():
+    model = nn.Linear(4, 6, bias=False)
+    old, keep = model.weight, {"weight": {0: (1, 2, 3)}}
+    before = old.detach().clone()
+    remove_(
+        model,
+        PruningPlan(keep=keep, layers=(), unprunable={}, parameters_before=24, parameters_after=12),
+    )
+    with torch.no_grad():
+        model.weight.zero_()
+    assert torch.equal(old, before)
