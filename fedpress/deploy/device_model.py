@@ -158,9 +158,7 @@ class DeviceModel(nn.Module):
 
     def _zero_targets(self, n: int) -> Tensor:
         """Returns `n` targets of zeros, in dtype and shape as the program takes them."""
-        if self.task.targets == "classes":
-            return torch.zeros(n, dtype=torch.int64)
-        return torch.zeros(n, self.task.outputs)
+        return self.task.example_targets(torch.zeros(n, self.task.outputs))
 
     def _run(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         arguments = [x.to(torch.float32).contiguous(), y.contiguous(), weights.contiguous()]

@@ -256,10 +256,7 @@ def _inputs(input_shape: tuple[int, ...], batch_size: int, net: nn.Module) -> Te
 def _targets(task: Task, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Returns arbitrary valid targets for `outputs` [n, k], and weights [n] of the examples."""
     n = len(outputs)
-    like = torch.zeros(1, dtype=torch.int64)
-    if task.targets != "classes":
-        like = torch.zeros(1, task.outputs)
-    targets = task.made_up_targets(n, like)
+    targets = task.made_up_targets(n, task.example_targets(outputs[:1]))
     try:
         task.check(outputs, targets)
     except ModelError as error:

@@ -16,12 +16,25 @@ from fedpress.errors import RecipeError, suggestion
 from fedpress.tasks.base import Metric, Sums, Task, merged, no_classes_error
 from fedpress.tasks.binary import Binary
 from fedpress.tasks.classification import Classification
+from fedpress.tasks.forecast import Forecast
+from fedpress.tasks.language import Language
 from fedpress.tasks.multilabel import Multilabel
 from fedpress.tasks.poisson import Poisson
 from fedpress.tasks.regression import Regression
+from fedpress.tasks.segmentation import Segmentation
 
 TASKS: dict[str, type[Task]] = {
-    task.kind: task for task in (Classification, Binary, Multilabel, Regression, Poisson)
+    task.kind: task
+    for task in (
+        Classification,
+        Binary,
+        Multilabel,
+        Regression,
+        Poisson,
+        Forecast,
+        Language,
+        Segmentation,
+    )
 }
 """The tasks by their names in a recipe."""
 
@@ -93,15 +106,11 @@ def make(given: str | Mapping[str, Any], names: tuple[str, ...], public: Tensor)
     """
     check_settings(given)
     row = find(kind_of(given))
-    task = row.fit(names, public)
-    # The user's options replace fitted values of the same name.
     options: dict[str, Any] = {}
     if not isinstance(given, str):
         options = {key: value for key, value in given.items() if key != "kind"}
-    if not options:
-        return task
     try:
-        return replace(task, **_with_tuples(options))  # type: ignore[type-var]
+        return row.made(names, public, _with_tuples(options))
     except (TypeError, ValueError) as error:
         raise RecipeError(
             f"{row.kind} does not take {options}: {error}",
@@ -152,10 +161,13 @@ __all__ = [
     "TASKS",
     "Binary",
     "Classification",
+    "Forecast",
+    "Language",
     "Metric",
     "Multilabel",
     "Poisson",
     "Regression",
+    "Segmentation",
     "Sums",
     "Task",
     "check_settings",

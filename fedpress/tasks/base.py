@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import JsonValue
@@ -115,6 +115,18 @@ class Task(ABC):
         # The base class fits nothing.
         del public
         return cls(names)  # type: ignore[call-arg]
+
+    @classmethod
+    def made(cls, names: tuple[str, ...], public: Tensor, options: Mapping[str, Any]) -> Task:
+        """Creates the task of a data set with the user's options, which replace fitted values.
+
+        Args:
+            names: names of the classes, or of the columns of the targets.
+            public: public targets [n, ...]; n may be 0.
+            options: fields of the task by name.
+        """
+        task = cls.fit(names, public)
+        return replace(task, **options) if options else task  # type: ignore[type-var]
 
     @property
     def worst(self) -> float:
@@ -280,6 +292,13 @@ class Task(ABC):
         # The same value at all positions of an example.
         column = each.to(like.dtype).reshape(n, *[1] * (like.dim() - 1))
         return column.expand(shape).contiguous()
+
+    def example_targets(self, outputs: Tensor) -> Tensor:
+        """Returns valid targets [n, ...] in the shape that belongs to `outputs` [n, ...]: zeros."""
+        if self.targets == "classes":
+            # A class for each example, or for each of its positions.
+            return torch.zeros(len(outputs), *outputs.shape[2:], dtype=torch.int64)
+        return torch.zeros(len(outputs), self.outputs)
 
     def to_json(self) -> dict[str, JsonValue]:
         """Returns what a device needs to interpret outputs, as JSON: kind and names.

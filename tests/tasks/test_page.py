@@ -28,7 +28,8 @@ assert source  # the fixture of made-up data
 
 @pytest.fixture
 def quantile(monkeypatch):
-    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "class Quantile(Task)" in block]
     module = types.ModuleType("quantile")
     monkeypatch.setitem(sys.modules, "quantile", module)
     exec(compile(code, "docs/tasks.md", "exec"), module.__dict__)
@@ -57,6 +58,19 @@ def test_the_task_of_the_page_trains_and_federates(quantile, private, source, tm
     assert train["pinball"] > 0
     assert 0 <= federate["covered"] <= 1
     assert bool(federate["client_pinball"]) is not private
+
+
+def test_the_data_function_of_the_page_gives_next_tokens():
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "def speakers" in block]
+    names: dict = {}
+    exec(compile(code, "docs/tasks.md", "exec"), names)
+    for x, y in names["speakers"]().values():
+        for ids, following in zip(x["tokens"], y, strict=True):
+            said = [int(token) for token in following if token != -100]
+            assert said, "no line is empty"
+            assert said[:-1] == ids[1 : len(said)].tolist()
+            assert (ids[len(said) :] == 0).all(), "padding follows the last token that is asked for"
 
 
 def test_the_table_of_the_page_has_every_task():

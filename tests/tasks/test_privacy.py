@@ -1,6 +1,7 @@
 """Every task has a loss for each example alone, so its gradients can be clipped one by one."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,9 +14,16 @@ from tests.tasks.test_all import made
 CLIP = 0.7
 
 
-def network(outputs: int) -> nn.Module:
+def network(outputs: int, positions: tuple[int, ...] = ()) -> nn.Module:
+    """Returns a small network with outputs [n, outputs, *positions]."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, outputs))
+    head = nn.Linear(6, outputs * math.prod(positions))
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), head, nn.Unflatten(1, (outputs, *positions)))
+
+
+def network_of(task, y) -> nn.Module:
+    """Returns a small network whose outputs fit the targets `y`."""
+    return network(task.outputs, y.shape[1:] if task.targets == "classes" else ())
 
 
 def plainly(model, task, x, y):
@@ -34,7 +42,7 @@ def plainly(model, task, x, y):
 def test_clipped_sums_are_those_of_a_plain_loop_and_no_example_moves_them_further(kind, method):
     task, _, y = made(kind, 9)
     x = 3 * torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
-    model = network(task.outputs)
+    model = network_of(task, y)
     found, raw = clipped_gradient_sum(model, task.loss, x, y, clip_norm=CLIP, method=method)
     torch.testing.assert_close(
         found, plainly(copy.deepcopy(model), task, x, y), rtol=1e-4, atol=1e-5
@@ -52,7 +60,7 @@ def test_clipped_sums_are_those_of_a_plain_loop_and_no_example_moves_them_furthe
 def test_a_broken_example_contributes_nothing(kind):
     task, _, y = made(kind, 5)
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
-    model = network(task.outputs)
+    model = network_of(task, y)
     whole, _ = clipped_gradient_sum(model, task.loss, x[1:], y[1:], clip_norm=CLIP)
     x[0] = torch.nan
     found, raw = clipped_gradient_sum(model, task.loss, x, y, clip_norm=CLIP)

@@ -22,12 +22,13 @@ from fedpress.tasks import Binary, Classification, Multilabel, Poisson, Regressi
 from fedpress.training.evaluate import evaluate
 from tests.harness import finish
 from tests.tasks.test_all import made
-from tests.tasks.test_privacy import CLIP, network, plainly
+from tests.tasks.test_privacy import CLIP, network_of, plainly
 
 WEIGHTS = {
     "classification": (1.0, 3.0, 0.5),
     "binary": (0.5, 4.0),
     "multilabel": (3.0, 1.0, 0.2),
+    "segmentation": (1.0, 3.0, 0.5),
 }
 SEEDS = (0, 1, 2)
 
@@ -84,10 +85,10 @@ def test_an_example_weighs_the_same_whatever_stands_beside_it(kind):
 def test_weighted_gradients_are_clipped_one_by_one(kind, method):
     task, _, y = weighted(kind, 9)
     x = 3 * torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
-    model = network(task.outputs)
+    model = network_of(task, y)
     found, _ = clipped_gradient_sum(model, task.loss, x, y, clip_norm=CLIP, method=method)
     torch.testing.assert_close(
-        found, plainly(network(task.outputs), task, x, y), rtol=1e-4, atol=1e-5
+        found, plainly(network_of(task, y), task, x, y), rtol=1e-4, atol=1e-5
     )
 
 
