@@ -54,9 +54,9 @@ def asked_for(recipe: Source, overrides: Overrides = ()) -> list[Approval]:
             continue
         labels = settings.data.label_columns
         terms = terms_of(stage, architecture, arguments, labels)
-        # Only csv and parquet have columns. For other sources the words leave out
+        # Only tables have columns. For other sources the words leave out
         # `data.label_columns`.
-        columns = labels if settings.data.source in ("csv", "parquet") else ()
+        columns = labels if settings.data.reads_table else ()
         words = words_of(stage, architecture, arguments, columns)
         found.append(Approval(stage.name, fingerprint_of(terms), tuple(words)))
     if not found:

@@ -74,6 +74,8 @@ class SourceRows:
         inputs: maps the positions of the public rows to the inputs of all rows; None: the inputs
             are `train.x`.
         kind: kind of the targets: "classes", "flags" (0 or 1 for each name) or "numbers".
+        is_test: bool [n]: whether a row of `train` belongs to the source's own test set. Such a
+            row is only used for testing. None: the source has no test set, or `test` holds it.
     """
 
     name: str
@@ -85,3 +87,4 @@ class SourceRows:
     targets: Callable[[Tensor], TargetRows] | None = None
     inputs: Callable[[Tensor], InputRows] | None = None
     kind: Targets = "classes"
+    is_test: Tensor | None = None

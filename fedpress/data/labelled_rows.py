@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedpress.core.examples import Arrays
-from fedpress.data import columns, csv, tables
+from fedpress.data import columns, tables
 from fedpress.data.columns import Column
 from fedpress.data.new_rows import prepare
 from fedpress.data.preparation import Preparation
@@ -23,7 +23,13 @@ from fedpress.data.targets import READERS
 from fedpress.errors import DataError
 from fedpress.tasks.base import Task
 
-TABLES = {".csv": "csv", ".parquet": "parquet"}
+TABLES = {
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+}
 """Suffix of a table -> its source in a recipe."""
 
 
@@ -33,7 +39,7 @@ def labelled_rows(
     """Reads the rows of a table.
 
     Args:
-        path: a .csv or .parquet file with the columns of the training.
+        path: a .csv, .parquet or Arrow file with the columns of the training.
         about: the columns of the network's inputs, with their words.
         settings: label columns, and how to read the file (delimiter, decimal, encoding); its path,
             classes and task are ignored.
@@ -56,7 +62,7 @@ def labelled_rows(
             "unknown": "drop",
         }
     )
-    table = _read(path, settings)
+    table = tables.READERS_OF_FILES[settings.source](path, settings)
     needed = [column.name for column in about.columns]
     labels = settings.label_columns
     missing = [name for name in [*needed, *labels] if name not in table.column_names]
@@ -83,10 +89,6 @@ def labelled_rows(
     # they were standardised here, it would happen twice.
     raw = replace(about, mean=(0.0,) * about.width, std=(1.0,) * about.width)
     return Arrays(prepare(rows, raw), targets.y[keep]), table.num_rows - len(rows)
-
-
-def _read(path: Path, settings: DataSettings) -> Any:
-    return tables.read_parquet(path) if path.suffix == ".parquet" else csv.read_csv(path, settings)
 
 
 def _known_words(table: Any, about: Preparation) -> Tensor:

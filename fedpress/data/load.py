@@ -30,6 +30,9 @@ SOURCES: dict[str, Callable[[DataSettings, Progress | None], SourceRows]] = {
     "cifar10": cifar10.read_cifar10,
     "csv": _read_tables,
     "parquet": _read_tables,
+    "arrow": _read_tables,
+    "sql": _read_tables,
+    "huggingface": _read_tables,
     "folders": folders.read_folders,
 }
 """Name of each built-in source -> the function that reads its rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -11,8 +12,14 @@ from fedpress import tasks
 from fedpress.data.partition import Partition
 from fedpress.errors import Argument, FedpressError, SettingError, suggestion
 
-BUILT_IN = ("digits", "cifar10", "csv", "parquet", "folders")
+BUILT_IN = ("digits", "cifar10", "csv", "parquet", "arrow", "sql", "huggingface", "folders")
 """Names of the sources that need no function of the user."""
+TABLE_SOURCES = ("csv", "parquet", "arrow", "sql", "huggingface")
+"""Sources that are tables with named columns."""
+NEED_PATH = ("csv", "parquet", "arrow", "huggingface", "folders")
+"""Sources that read the file or folder `path`."""
+SQLITE = "sqlite:///"
+"""Beginning of the address of an SQLite file; the rest is a path."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 """Type of a share of rows: at least 0 and below 1."""
 
@@ -56,6 +63,17 @@ def _with_home(path: Path) -> Path:
         ) from error
 
 
+def _without_password(address: str) -> str:
+    """Refuses a password: the recipe is copied into the run folder, which others may read."""
+    found = re.search(r"://[^/@]*?:([^/@]+)@", address)
+    if found and not found[1].startswith("$"):
+        raise SettingError(
+            "it holds a password, which would be written into the run folder",
+            cure="put it into an environment variable, and write $NAME in its place",
+        )
+    return address
+
+
 def _as_words(values: object) -> object:
     """Turns integers and booleans into words, so that `classes = [0, 1]` needs no quotes."""
     # Not a list: left to pydantic, whose own error says what was expected.
@@ -94,13 +112,27 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     """
 
     source: Annotated[str, BeforeValidator(_known_source)] = Field(
-        description="digits, cifar10, csv, parquet, folders (client/label/image), or "
-        "package.module:function"
+        description="digits, cifar10, csv, parquet, arrow, sql, huggingface, folders "
+        "(client/label/image), or package.module:function"
     )
     path: Annotated[Path, AfterValidator(_with_home)] | None = Field(
         None,
         description="file or folder; a name with * stands for several files; without a path "
         "cifar10 is downloaded",
+    )
+    address: Annotated[str, AfterValidator(_without_password)] | None = Field(
+        None,
+        description="address of a database (sql), such as sqlite:///FILE.db, or that of another "
+        "database as SQLAlchemy writes it; $NAME is an environment variable",
+    )
+    query: str | None = Field(
+        None, min_length=1, description="the SELECT whose result is the table (sql)"
+    )
+    table: str | None = Field(
+        None,
+        min_length=1,
+        description="name of the table, in the place of query (sql); the split to read "
+        "(huggingface), by default train, with test as the test set",
     )
     # For machines without a network, where a clear error is better than a timeout.
     download: bool = Field(
@@ -142,12 +174,12 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
     client_column: str | None = Field(
         None,
-        description="the column that names the natural client of a row (csv, parquet); with "
+        description="the column that names the natural client of a row of a table; with "
         "'file', each of several files is a client",
     )
     label_column: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         "label",
-        description="the column to be predicted (csv, parquet): whole numbers or words, or numbers "
+        description="the column of a table to be predicted: whole numbers or words, or numbers "
         "for a regression; a list for several",
     )
     task: Annotated[str | dict[str, JsonValue], AfterValidator(_known_task)] | None = Field(
@@ -163,7 +195,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     feature_columns: tuple[str, ...] | None = Field(
         None,
         description="the columns to predict from; by default all others; a single column of images "
-        "is decoded",
+        "is decoded, one of lists of numbers becomes an array",
     )
     drop_columns: tuple[str, ...] = Field((), description="columns to leave out of the features")
     delimiter: str = Field(
@@ -226,6 +258,11 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
 
     @property
+    def reads_table(self) -> bool:
+        """Whether the source is a table with named columns."""
+        return self.source in TABLE_SOURCES
+
+    @property
     def label_columns(self) -> tuple[str, ...]:
         """The columns to be predicted."""
         column = self.label_column
@@ -262,11 +299,35 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
                 place="decimal",
                 cure=("give ", Argument("delimiter", ";"), " or what separates the columns"),
             )
-        if self.path is None and self.source in ("csv", "parquet", "folders"):
+        if self.path is None and self.source in NEED_PATH:
             raise SettingError(
                 f"source '{self.source}' needs a path",
                 place="path",
                 cure=("give ", Argument("path", "PATH")),
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _database_fits(self) -> Self:
+        given = {key: getattr(self, key) for key in ("address", "query", "table")}
+        if self.source != "sql":
+            for key, value in given.items():
+                if value is not None and (key, self.source) != ("table", "huggingface"):
+                    raise SettingError(
+                        f"source '{self.source}' is no database", place=key, cure="leave it out"
+                    )
+            return self
+        if (self.path is None) == (self.address is None):
+            raise SettingError(
+                "a database needs either path or address",
+                place="address",
+                cure=("give ", Argument("address", "sqlite:///FILE.db")),
+            )
+        if (self.query is None) == (self.table is None):
+            raise SettingError(
+                "a database needs either query or table",
+                place="query",
+                cure=("give ", Argument("query", "SELECT * FROM NAME")),
             )
         return self
 

@@ -33,6 +33,8 @@ def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> Feder
         partition = Iid() if examples.owners is None else Natural()
     # Clients that the settings name are taken out with all their rows, before the shares.
     rows = torch.arange(len(examples.train))
+    if examples.is_test is not None:
+        rows = rows[~examples.is_test]
     public, rows = _split_off_clients(examples, rows, settings.public_clients, "public_clients")
     test, rows = _split_off_test(examples, rows, settings, seed)
     if settings.public_share is not None:
@@ -83,6 +85,8 @@ def _split_off_test(
         return _split_off_clients(examples, rows, settings.test_clients, "test_clients")
     if examples.test is not None:
         return examples.test, rows
+    if examples.is_test is not None:
+        return torch.nonzero(examples.is_test).flatten(), rows
     test, rest = _split_off_share(examples, rows, settings.test_share, seed, "test")
     # Without this check, stages would silently have no test metric.
     if len(test) == 0:
@@ -105,7 +109,7 @@ def _split_off_clients(
             "the data does not name its clients",
             place=key,
             cure=(
-                "give client_column (csv, parquet) or a source that names them, or use "
+                "give client_column (tables) or a source that names them, or use "
                 f"{key.split('_')[0]}_share instead"
             ),
         )

@@ -1,8 +1,8 @@
-"""Reads the user's tables from CSV or parquet files, with label, feature and client columns."""
+"""Reads the user's tables (files or a database) with label, feature and client columns."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from pyarrow import types
 from torch import Tensor
 
 from fedpress.core.examples import Arrays
-from fedpress.data import columns, csv, features, images
+from fedpress.data import columns, csv, features, huggingface, images, sql
+from fedpress.data.arrow import brief, read_arrow
 from fedpress.data.columns import Column
 from fedpress.data.examples import InputRows, Progress, SourceRows
+from fedpress.data.list_columns import is_list, stacked
+from fedpress.data.raw_table import RawTable, refuse_equal_names
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import READERS, targets_of
 from fedpress.errors import DataError, suggestion
@@ -28,25 +31,23 @@ FILE = "file"
 
 
 def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows:
-    """Returns the rows of all files; features and targets are computed after the split.
+    """Returns the rows of a table; features and targets are computed after the split.
 
     Raises:
         DataError: if a file is missing or corrupt, or a column is missing or of the wrong type.
     """
-    assert settings.path is not None, "checked by DataSettings"
-    files = find(settings.path, settings.source)
-    table = _concatenate([_read_file(file, settings) for file in files], files)
-    names = _feature_names(table, settings)
+    raw = TABLES[settings.source](settings)
+    refuse_equal_names(raw.values.column_names, raw.where)
+    names = _feature_names(raw, settings)
     # Incomplete rows are dropped before the split, so that shares refer to rows that are used.
     if settings.missing == "drop":
         used = [*names, *settings.label_columns]
         if settings.client_column:
             used.append(settings.client_column)
-        table = table.filter(_complete(table, used))
+        raw = raw.filtered(_complete(raw.values, used))
+    table = raw.values
     if table.num_rows == 0:
-        raise DataError(
-            "there are no rows", place=f"'{settings.path}'", cure="check the path and missing"
-        )
+        raise DataError("there are no rows", place=raw.where, cure="check the path and missing")
     kind = targets_of(settings)
     labels = tuple(Column.of(table, name, settings) for name in settings.label_columns)
     targets = READERS[kind](labels, settings)
@@ -56,24 +57,35 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
     if settings.client_column:
         column = Column.of(table, settings.client_column, settings).typed()
         owners, owner_names = columns.class_codes(column, settings.client_column, "client")
-    name = files[0].stem if len(files) == 1 else files[0].parent.name
     # The inputs are computed after the split; until then `x` holds row numbers.
     rows = Arrays(torch.arange(len(y))[:, None], y)
     found = SourceRows(
-        name, rows, owners=owners, owner_names=owner_names, targets=targets.targets, kind=kind
+        raw.name,
+        rows,
+        owners=owners,
+        owner_names=owner_names,
+        targets=targets.targets,
+        kind=kind,
+        is_test=raw.is_test,
     )
-    # A column of images must be the only feature: other columns would need inputs of their own.
-    if len(names) == 1 and types.is_struct(table[names[0]].type):
-        column = table[names[0]]
-        return replace(
-            found, inputs=lambda public: _images(column, names[0], settings, public, progress)
-        )
+    return replace(found, inputs=_inputs(raw, names, settings, progress))
+
+
+def _inputs(
+    raw: RawTable, names: list[str], settings: DataSettings, progress: Progress | None
+) -> Callable[[Tensor], InputRows]:
+    """Returns the function that computes the inputs from the positions of the public rows."""
+    table = raw.values
+    first = table[names[0]]
+    # Images or arrays must be the only feature: other columns would need inputs of their own.
+    if len(names) == 1 and types.is_struct(first.type):
+        return lambda public: _images(first, names[0], raw.where, settings, public, progress)
+    if len(names) == 1 and is_list(first.type):
+        return lambda public: stacked(first, names[0])
     if settings.missing == "error":
         _refuse_gaps(table, names)
-    inputs_of = features.FeatureColumns(
-        tuple(Column.of(table, name, settings) for name in names), settings
-    )
-    return replace(found, inputs=inputs_of.inputs)
+    read = tuple(Column.of(table, name, settings) for name in names)
+    return features.FeatureColumns(read, settings).inputs
 
 
 def find(path: Path, kind: str) -> list[Path]:
@@ -81,22 +93,22 @@ def find(path: Path, kind: str) -> list[Path]:
 
     Args:
         path: the file, folder or pattern.
-        kind: suffix of the files in a folder, such as "csv".
+        kind: the source, such as "csv"; files in a folder are those of its suffixes.
 
     Raises:
         DataError: if there is no such file.
     """
     if path.is_file():
         return [path]
-    folder, pattern = path, f"*.{kind}"
+    folder, patterns = path, [f"*.{suffix}" for suffix in SUFFIXES.get(kind, (kind,))]
     if "*" in path.name:
-        folder, pattern = path.parent, path.name
+        folder, patterns = path.parent, [path.name]
     # Sorted, because the order in a folder is arbitrary, and a seed must give the same rows.
-    files = sorted(file for file in folder.glob(pattern) if file.is_file())
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     if not files:
         missing = f"no such path '{path}'"
         if folder.is_dir():
-            missing = f"no file '{folder / pattern}'"
+            missing = f"no file '{folder / patterns[0]}'"
         raise DataError(missing, place=f"source '{kind}'", cure="check the path")
     return files
 
@@ -111,14 +123,46 @@ def read_parquet(path: Path) -> Any:
         return pyarrow.parquet.ParquetFile(path).read()
     except (OSError, pa.ArrowException) as error:
         raise DataError(
-            f"not a readable parquet file ({_brief(error)})",
+            f"not a readable parquet file ({brief(error)})",
             place=f"'{path}'",
             cure="copy it again",
         ) from error
 
 
+READERS_OF_FILES: dict[str, Callable[[Path, DataSettings], Any]] = {
+    "csv": csv.read_csv,
+    "parquet": lambda path, settings: read_parquet(path),
+    "arrow": lambda path, settings: read_arrow(path),
+}
+"""Source -> the function that reads one file as a `pyarrow.Table`."""
+
+SUFFIXES = {"arrow": ("arrow", "feather", "ipc")}
+"""Source -> suffixes of its files, if they are others than its name."""
+
+
+def read_files(settings: DataSettings) -> RawTable:
+    """Returns the rows of all files that `path` names.
+
+    Raises:
+        DataError: if a file is missing or corrupt, or columns of two files differ in type.
+    """
+    assert settings.path is not None, "checked by DataSettings"
+    files = find(settings.path, settings.source)
+    table = _concatenate([_read_file(file, settings) for file in files], files)
+    name = files[0].stem if len(files) == 1 else files[0].parent.name
+    return RawTable(name, table, f"'{settings.path}'")
+
+
+TABLES: dict[str, Callable[[DataSettings], RawTable]] = {
+    **dict.fromkeys(READERS_OF_FILES, read_files),
+    "sql": sql.read_sql,
+    "huggingface": huggingface.read_huggingface,
+}
+"""Source -> the function that reads its table."""
+
+
 def _read_file(path: Path, settings: DataSettings) -> Any:
-    table = read_parquet(path) if settings.source == "parquet" else csv.read_csv(path, settings)
+    table = READERS_OF_FILES[settings.source](path, settings)
     if settings.client_column == FILE and FILE not in table.column_names:
         table = table.append_column(FILE, pa.array([path.stem] * table.num_rows, pa.string()))
     return table
@@ -126,20 +170,13 @@ def _read_file(path: Path, settings: DataSettings) -> Any:
 
 def _concatenate(tables: list[Any], files: list[Path]) -> Any:
     for table, file in zip(tables, files, strict=True):
-        names = table.column_names
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise DataError(
-                f"two columns are named '{twice[0]}'",
-                place=f"'{file}'",
-                cure="give each a different name",
-            )
+        refuse_equal_names(table.column_names, f"'{file}'")
     # "permissive", because one file may have integers where another file has decimals.
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(
-            (f"the {len(files)} files have columns of different types ({_brief(error)})"),
+            (f"the {len(files)} files have columns of different types ({brief(error)})"),
             place=f"'{files[0]}'",
             cure="make them alike",
         ) from error
@@ -156,7 +193,7 @@ COLUMN_KEYS = (
 )
 
 
-def _check_columns(table: Any, settings: DataSettings) -> None:
+def _check_columns(table: Any, settings: DataSettings, where: str) -> None:
     """Checks that the table has every column that the settings name."""
     for key in COLUMN_KEYS:
         given = getattr(settings, key) or ()
@@ -172,7 +209,7 @@ def _check_columns(table: Any, settings: DataSettings) -> None:
             known += ", ..."
         listed = ", ".join(f"'{name}'" for name in missing)
         raise DataError(
-            f"no column {listed} in '{settings.path}' (it has {known})",
+            f"no column {listed} in {where} (it has {known})",
             place=key,
             cure=similar_columns(missing, table.column_names) or "name one that it has",
         )
@@ -192,15 +229,15 @@ def similar_columns(missing: Sequence[str], there: Sequence[str]) -> str:
     return " ".join(f"'{name}': {meant}" for name, meant in found if meant)
 
 
-def _feature_names(table: Any, settings: DataSettings) -> list[str]:
-    _check_columns(table, settings)
+def _feature_names(raw: RawTable, settings: DataSettings) -> list[str]:
+    _check_columns(raw.values, settings, raw.where)
     left_out = {*settings.label_columns, settings.client_column, *settings.drop_columns}
-    candidates = settings.feature_columns or table.column_names
+    candidates = settings.feature_columns or raw.values.column_names
     names = [name for name in candidates if name not in left_out]
     if not names:
         raise DataError(
             "no feature column is left",
-            place=f"'{settings.path}'",
+            place=raw.where,
             cure="check feature_columns and drop_columns",
         )
     return names
@@ -233,7 +270,12 @@ def _is_missing(column: Any) -> Any:
 
 
 def _images(
-    column: Any, name: str, settings: DataSettings, public: Tensor, progress: Progress | None
+    column: Any,
+    name: str,
+    place: str,
+    settings: DataSettings,
+    public: Tensor,
+    progress: Progress | None,
 ) -> InputRows:
     """Decodes a column of images: structs with `bytes`, as in data sets of the Hugging Face hub."""
     if column.type.get_field_index("bytes") < 0:
@@ -243,7 +285,7 @@ def _images(
             cure="expected numbers, words, or images as bytes",
         )
     blobs = pc.struct_field(column, "bytes").to_pylist()
-    where = f"'{settings.path}' column '{name}' row"
+    where = f"{place} column '{name}' row"
     # The first public image decides the channels and the size.
     like = int(public.min()) if len(public) else 0
     x = images.decode(
@@ -254,9 +296,3 @@ def _images(
         progress=progress,
     )
     return InputRows(x, torch.zeros(len(x), dtype=torch.bool))
-
-
-def _brief(error: BaseException) -> str:
-    if not str(error):
-        return type(error).__name__
-    return str(error).splitlines()[0].rstrip(". ")

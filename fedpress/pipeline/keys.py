@@ -36,12 +36,13 @@ NAMES = ("kind", "name")
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """Returns the settings of a recipe as JSON values, as the file `settings.json` has them.
 
-    The device and the path of the data are left out: both may differ when a run is resumed on
+    The device and the path or address of the data are left out: they may differ when a run is resumed on
     another machine. Paths of saved models, state dicts and teachers are replaced by hashes of what
     they contain.
     """
     tree: dict[str, Any] = json.loads(recipe.model_dump_json())
     tree["data"].pop("path", None)
+    tree["data"].pop("address", None)
     # A run that began on a GPU may continue on a CPU; `write_environment` warns that bits differ.
     tree.pop("device", None)
     leave_out_defaults_(tree["data"], recipe.data, "data")

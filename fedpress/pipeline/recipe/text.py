@@ -12,6 +12,7 @@ from typing import Any
 import tomli_w
 
 from fedpress.core import limits
+from fedpress.data.settings import SQLITE
 from fedpress.errors import Argument, RecipeError, suggestion
 from fedpress.models.memory import TEACHER
 from fedpress.stages.table import STAGES
@@ -273,6 +274,21 @@ def anchor_(tree: dict[str, Any], folder: Path) -> None:
             table[key] = str(beside.resolve())
         elif _exists(here):
             table[key] = str(here.resolve())
+    _anchor_address_(tree, folder)
+
+
+def _anchor_address_(tree: dict[str, Any], folder: Path) -> None:
+    """Makes the path in `data.address = "sqlite:///FILE.db"` absolute, in place."""
+    table = tree.get("data")
+    if not isinstance(table, dict):
+        return
+    address = table.get("address")
+    if not isinstance(address, str) or not address.startswith(SQLITE):
+        return
+    path = address.removeprefix(SQLITE)
+    # `$NAME` is an environment variable, whose text is not known here.
+    if not path.startswith(("~", "$")) and not Path(path).is_absolute():
+        table["address"] = f"{SQLITE}{(folder / path).resolve()}"
 
 
 def _is_relative(key: str, value: object) -> bool:
