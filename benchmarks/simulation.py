@@ -22,11 +22,13 @@ them on the way:
 - flower/ray: for each of the 1,000 clients, the thread of Flower 1.42 that hands out messages looks
   through all 50 that are stored (`add_messages_to_queue`): this takes most of a core during a whole
   round. Ray's actors have niceness 15 by default, so this thread and whatever else runs starve
-  them: on 2 busy cores a round took 133 s, and 22 s with niceness 0, which is set here.
-- blazefl/threads: made for a Python without the global lock, which is not in the table.
-  blazefl/processes is what BlazeFL has for other Pythons.
-- pfl/processes: a process that ends without closing torch's process group may be aborted while the
-  interpreter is taken down, so the program closes it.
+  them: on 2 busy cores a round took 133 s, and 22 s with niceness 0, which is set here (one run
+  each; the other work was not the same). A first round of more than 6 minutes, seen once on
+  another machine, may have been this.
+- blazefl/threads: what BlazeFL recommends, on a Python without the global lock; `--prepare` takes
+  one with it. blazefl/processes is BlazeFL's other way; it makes a new pool in each round.
+- pfl/processes: was aborted once with SIGABRT, and never again. torch knows such an abort of a
+  process that ends with its process group open (pytorch/pytorch#179291), so the program closes it.
 
 `--log FILE` appends each run to FILE, so that a long measurement may be done in pieces;
 `--table FILE` prints the table of all of them. The environments of the rivals lie in

@@ -1,8 +1,8 @@
 """BlazeFL: its pool of threads or its pool of processes, one for each core.
 
 BlazeFL recommends threads on a Python without the global lock (3.14, free-threaded); with the lock
-the threads wait for each other between torch's operations. For other Pythons it has processes: a
-new pool in each round, models in shared memory. Engine "threads" and engine "processes".
+the threads wait for each other between torch's operations. Its other way is processes: a new pool
+in each round, models in shared memory. Engine "threads" and engine "processes".
 
 Its own FedAvg builds the network anew for each client and loads images one by one; here each
 worker keeps a network, and batches are gathered from memory, as the other simulators do. In bf16
