@@ -126,12 +126,13 @@ def packed_size(message: Message) -> int:
     head, tensors = _outline(message)
     total = FRAME.size + len(head)
     for name, before in tensors.items():
-        tensor = message.unmade.get(name, message.tensors[name])
-        if isinstance(tensor, int):
-            values = message.tensors[name]
-            size = random_size(values.numel(), tensor, values.element_size())
-        else:
+        tensor, sent = message.tensors[name], message.unmade.get(name)
+        if sent is None:
             size = shrunk_size(tensor, pack_floats=name in message.packed_floats)
+        elif isinstance(sent, int):
+            size = random_size(tensor.numel(), sent, tensor.element_size())
+        else:
+            size = shrunk_size(sent, random=True)
         total += len(before) + len(varint(size)) + size
     return total
 

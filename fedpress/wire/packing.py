@@ -67,11 +67,11 @@ def shrunk_parts(tensor: Tensor, *, pack_floats: bool = False) -> list[bytes | m
     return [smallest_form(values, tensor.is_floating_point(), _rows_of(tensor))]
 
 
-def shrunk_size(tensor: Tensor, *, pack_floats: bool = False) -> int:
+def shrunk_size(tensor: Tensor, *, pack_floats: bool = False, random: bool = False) -> int:
     """Returns the number of bytes of `shrink`, exactly.
 
     Only entropy coding and zeros need the packer to run. The sizes of the forms raw and n-bit are
-    computed.
+    computed. For `random` integers no other form is shorter, so none is tried.
 
     >>> shrunk_size(torch.zeros(1000)), shrunk_size(torch.arange(1000))
     (4001, 1253)
@@ -81,7 +81,8 @@ def shrunk_size(tensor: Tensor, *, pack_floats: bool = False) -> int:
     if _is_raw(tensor, pack_floats):
         return 1 + tensor.numel() * tensor.element_size()
     values = _array(tensor)
-    plain, coded = _choose(values, tensor.is_floating_point(), _rows_of(tensor))
+    depth = MAX_DEPTH if random else 0
+    plain, coded = _choose(values, tensor.is_floating_point(), _rows_of(tensor), depth)
     return len(coded) or plain.size
 
 

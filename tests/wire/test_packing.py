@@ -377,6 +377,15 @@ def test_the_size_of_random_integers_is_known_without_them(bits, count):
     assert random_size(count, bits, dtype.itemsize) == len(shrink(drawn))
 
 
+@pytest.mark.parametrize("bits", [4, 8, 9, 16, 22, 33])
+@pytest.mark.parametrize("count", [1, 5, 40, 910, 4095])
+def test_few_random_integers_are_packed_in_the_form_that_is_computed(bits, count):
+    dtype = torch.int32 if bits <= 32 else torch.int64
+    half = 1 << (bits - 1)
+    drawn = torch.randint(-half, half, (count,), generator=chance()).to(dtype)
+    assert shrunk_size(drawn, random=True) == len(shrink(drawn))
+
+
 def test_floats_are_raw_unless_the_sender_asks_for_less():
     zeros = torch.zeros(1000)
     assert shrink(zeros)[0] == RAW
