@@ -17,27 +17,21 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from fedpress import tasks
 from fedpress.api.calls import DataArguments, Mean, Model, bind, call_scope, model_of
-from fedpress.core.examples import Preprocess
-from fedpress.core.inputs import Inputs, inputs_text
-from fedpress.data import FederatedData
+from fedpress.api.predictors import Predictor, predictor_of
+from fedpress.core.inputs import Inputs
+from fedpress.data import FederatedData, Preparation
 from fedpress.data.labelled_rows import TABLES, labelled_rows
+from fedpress.data.raw_rows import UnknownWords, is_table, read_rows
 from fedpress.data.settings import DataSettings
-from fedpress.errors import Argument, DataError, ModelError
-from fedpress.models import ModelSpec, memory
-from fedpress.nn.expected_input import input_cure
+from fedpress.errors import Argument, DataError
 from fedpress.pipeline.arguments import errors_of_command
 from fedpress.pipeline.commands.chosen_data import Standardization
 from fedpress.pipeline.commands.clients import Clients
-from fedpress.pipeline.commands.given import as_taken, classes_in, pair_of
-from fedpress.pipeline.commands.subject import ChosenModel
+from fedpress.pipeline.commands.given import classes_in, pair_of
 from fedpress.pipeline.start import first_state
-from fedpress.tasks import Classification, Task
+from fedpress.tasks import Classification
 from fedpress.training import evaluate as evaluation
-
-# Examples in one forward pass of `predict`: large enough for speed, small enough for the memory.
-BATCH = 500
 
 
 def evaluate(
@@ -167,6 +161,7 @@ class Predictions:
         names: names of the classes, of the labels, or of the numbers that a regression predicts.
         task: kind of task, such as "classification". If the model names no task, it is
             "classification" for one vector of at least 2 outputs per example, else "unknown".
+        ignored: columns of raw rows that are neither inputs nor labels.
     """
 
     answers: Tensor
@@ -174,6 +169,7 @@ class Predictions:
     outputs: Tensor
     names: tuple[str, ...]
     task: str
+    ignored: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.outputs)
@@ -225,22 +221,30 @@ def predict(
     checkpoint: str | Path | None = None,
     mean: Mean = None,
     std: Sequence[float] | None = None,
+    unknown: UnknownWords = "error",
     allow_code: Collection[str] | str = (),
 ) -> Predictions:
     """Returns the predictions of a model for examples, which need no labels.
 
     Args:
-        model: a torch module, a `Result`, the path of a saved model or run, or the name of a
-            function that builds the model, as `package.module:function`.
-        inputs: uint8 images, numbers or token ids [n, ...]; a dictionary of such arrays for a model
-            of several inputs; the path of a .npy file, or of a .npz file for several inputs; a
-            Dataset or DataLoader, whose labels are ignored. For a saved model the inputs are
-            standardised as in its training. A module gets the inputs unchanged, except that uint8
-            images are scaled to 0..1.
+        model: a torch module, a `Result`, the path of a saved model, run or exported file (such as
+            "model.onnx"), or the name of a function that builds the model, as
+            `package.module:function`.
+        inputs: raw rows of a table, if the model was trained on a table: the path of a .csv or
+            .parquet file, a list of dictionaries, a pandas data frame or a pyarrow table. They are
+            prepared as the training prepared its rows. Columns may be in any order; further columns
+            are ignored.
+            Or prepared examples: uint8 images, numbers or token ids [n, ...]; a dictionary of such
+            arrays for a model of several inputs; the path of a .npy file, or of a .npz file for
+            several inputs; a Dataset or DataLoader, whose labels are ignored. For a saved model the
+            inputs are standardised as in its training. A module gets the inputs unchanged, except
+            that uint8 images are scaled to 0..1.
         checkpoint: file with a state dict for the model that `module:function` builds.
         mean: mean of each input channel, for a model that was trained by another program. Inputs
             become (x - mean) / std.
         std: standard deviation of each input channel.
+        unknown: what a word in a raw row does that the training did not know: "error", or "zeros"
+            in all inputs of its column, as in the training.
         allow_code: functions that may be called to build the model, as `module:function`.
 
     Raises:
@@ -253,15 +257,16 @@ def predict(
     (torch.Size([5]), torch.Size([5, 3]))
     """
     given, mean, std = model_of(model, mean, std)
-    x = _read(inputs)
     with call_scope(allow_code):
-        network, preprocess, task = _network(given, checkpoint, Standardization.of(mean, std))
-        rows, shape = as_taken(x, network, preprocess)
-        outputs: list[Tensor] = []
-        with evaluation.evaluating(network), torch.inference_mode():
-            for part in rows.split(BATCH):
-                outputs.append(_outputs(network, preprocess(part)))
-    joined = torch.cat(outputs)
+        predictor = predictor_of(given, checkpoint, Standardization.of(mean, std))
+        ignored: tuple[str, ...] = ()
+        if is_table(inputs):
+            rows = read_rows(inputs, _preparation_of(predictor, given), unknown)
+            joined, shape = predictor.outputs(rows.x, raw=True)
+            ignored = rows.ignored
+        else:
+            joined, shape = predictor.outputs(_read(inputs), raw=False)
+    task = predictor.task
     # If the task is not known (a module without a spec), one vector of outputs per example is taken
     # as logits.
     if task is None and (count := classes_in(shape)):
@@ -269,65 +274,26 @@ def predict(
     # Other outputs, such as images, are returned as they are.
     if task is None:
         names = tuple(f"output {at}" for at in range(joined[0].numel()))
-        return Predictions(joined, None, joined, names, "unknown")
+        return Predictions(joined, None, joined, names, "unknown", ignored)
     return Predictions(
-        task.answers(joined), task.probabilities(joined), joined, task.names, task.kind
+        task.answers(joined), task.probabilities(joined), joined, task.names, task.kind, ignored
     )
 
 
-def _network(
-    model: nn.Module | str | Path, checkpoint: str | Path | None, given: Standardization | None
-) -> tuple[nn.Module, Preprocess, Task | None]:
-    """Returns the network, the preprocessing of its inputs, and its task (None if not known)."""
-    # `given.mean` is None for mean="data", which asks for the mean of the training data. `predict`
-    # gets no training data, so mean="data" is ignored here.
-    own = given.preprocess() if given is not None and given.mean is not None else None
-    if isinstance(model, nn.Module):
-        spec = memory.spec_of(model)
-        return model, own or Preprocess(), _task_of(spec) if spec is not None else None
-    weights = Path(checkpoint) if checkpoint is not None else None
-    chosen_model = ChosenModel.find(model, weights=weights)
-    if chosen_model.spec is None:
-        # Any shape will do: it matters only if the model is saved, and here it is not.
-        _, network = chosen_model.opened((1,))
-        return network, own or Preprocess(), None
-    spec, network = chosen_model.opened()
-    return network, own or Preprocess(spec.mean, spec.std), _task_of(spec)
-
-
-def _task_of(spec: ModelSpec) -> Task | None:
-    """Returns the task that a model was trained for; None if its spec does not name a task."""
-    if not spec.class_names and not spec.task:
-        return None
-    return tasks.of_model(spec.task, spec.class_names)
-
-
-def _outputs(network: nn.Module, x: Inputs) -> Tensor:
-    """Runs the network on one batch.
+def _preparation_of(predictor: Predictor, model: object) -> Preparation:
+    """Returns how raw rows become inputs of the model.
 
     Raises:
-        ModelError: if the network fails on the batch, or does not return one tensor.
+        DataError: if the model was not trained on a table.
     """
-    try:
-        found = evaluation.outputs(network, x)
-    except Exception as error:  # a user's network may raise anything
-        raise ModelError(
-            f"it does not take examples of {inputs_text(x)} ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]})",
+    if predictor.preparation is None:
+        name = type(model).__name__ if isinstance(model, nn.Module) else f"'{model}'"
+        raise DataError(
+            f"{name} was not trained on a table, so rows cannot be turned into its inputs",
             place="inputs",
-            cure=input_cure(
-                network,
-                x,
-                "give examples like those of the training; the first dimension counts them",
-            ),
-        ) from error
-    if not isinstance(found, Tensor):
-        raise ModelError(
-            f"it returns {type(found).__name__}, expected one tensor",
-            place="model",
-            cure="wrap it in a module that returns only the tensor of outputs",
+            cure="give prepared examples: arrays, or a file of numpy.save (.npy)",
         )
-    return found.float()
+    return predictor.preparation
 
 
 def _read(inputs: Any) -> Inputs:
@@ -350,17 +316,6 @@ def _read(inputs: Any) -> Inputs:
 
 def _arrays_of(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     """Reads a NumPy file. Nothing is unpickled, since a pickle may run any code."""
-    if path.suffix in TABLES:
-        raise DataError(
-            f"'{path}' is a table, expected prepared inputs",
-            place="inputs",
-            cure=(
-                "turn its rows into inputs with fedpress.data.prepare and the run's "
-                "artifacts/inputs.json, write them with numpy.save, and give ",
-                Argument("mean", "none"),
-                " (docs/data.md)",
-            ),
-        )
     try:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -369,6 +324,7 @@ def _arrays_of(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         raise DataError(
             f"cannot read '{path}' ({reason})",
             place="inputs",
-            cure="give a file of numpy.save (.npy), or of numpy.savez for several inputs (.npz)",
+            cure="give a table (.csv, .parquet), a file of numpy.save (.npy), or of numpy.savez for "
+            "several inputs (.npz)",
         ) from error
     return dict(found) if isinstance(found, np.lib.npyio.NpzFile) else found

@@ -39,7 +39,7 @@ class Result:
         artifact: file that export or pack wrote; None for other stages, or if the call had no
             `out`.
         files: name -> bytes of the files that export or pack made, if the call had no `out`.
-            OpenVINO makes two files. For data from a table, such as a CSV file, `inputs.json`
+            OpenVINO makes two files. For data from a table, such as a CSV file, `preparation.json`
             says how a row becomes the model's input.
     """
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fedpress.cli.common import AllowCode, AsJson, Device, allow_code, stopping
+from fedpress.cli.common import AllowCode, AsJson, Device, allow_code, in_one_line, stopping
 from fedpress.cli.one_model import (
     DataPath,
     Input,
@@ -27,7 +27,7 @@ GivenModel = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A model's or run's folder, a packed file, or package.module:function.",
+        help="A model's or run's folder, a packed or exported file, or module:function.",
     ),
 ]
 
@@ -87,7 +87,10 @@ def predict(
     model: GivenModel,
     inputs: Annotated[
         Path,
-        typer.Argument(metavar="INPUTS", help="A file of NumPy: .npy, or .npz for several inputs."),
+        typer.Argument(
+            metavar="INPUTS",
+            help="Raw rows (.csv, .parquet), or a file of NumPy: .npy, .npz for several inputs.",
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -96,9 +99,16 @@ def predict(
     checkpoint: Weights = None,
     mean: Mean = None,
     std: Std = None,
+    unknown: Annotated[
+        str,
+        typer.Option(
+            metavar="error|zeros",
+            help="What a word does that the training did not know: error, or zeros as in training.",
+        ),
+    ] = "error",
     code: AllowCode = None,
 ) -> None:
-    """Runs a model on prepared examples, and prints a CSV row with probabilities for each."""
+    """Runs a model on raw rows or prepared examples, and prints a CSV row for each."""
     from fedpress.core.files import replacing
 
     # Checked first, so that a wrong name fails before the model runs.
@@ -111,8 +121,16 @@ def predict(
 
     begin.find_modules()
     found = evaluating.predict(
-        model, inputs, checkpoint=checkpoint, mean=numbers_of(mean), std=numbers_of(std)
+        model,
+        inputs,
+        checkpoint=checkpoint,
+        mean=numbers_of(mean),
+        std=numbers_of(std),
+        unknown=unknown,  # type: ignore[arg-type]  # checked there, by one sentence
     )
+    if found.ignored:
+        listed = ", ".join(found.ignored)
+        typer.echo(in_one_line(f"note: these columns are not used: {listed}"), err=True)
     if out is not None and out.suffix == ".npy":
         import numpy as np
 

@@ -82,6 +82,27 @@ def read_csv(path: Path, settings: DataSettings) -> Any:
     ) from first
 
 
+def delimiter_of(path: Path, usual: str = ",", encoding: str | None = None) -> str:
+    """Returns the character that separates the columns in the header of a file.
+
+    Args:
+        path: the file; if it cannot be read, `usual` is returned.
+        usual: the delimiter to expect. Another one is returned only if the header lacks this one.
+        encoding: encoding of the file; None: UTF-8, or UTF-16 with a byte order mark.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+    except OSError:
+        return usual
+    lines = head.decode(encoding or _declared_encoding(head), "replace").splitlines()
+    header = lines[0] if lines else ""
+    if usual in header:
+        return usual
+    likely = max(DELIMITERS, key=header.count)
+    return likely if likely in header else usual
+
+
 def _parse(path: Path, delimiter: str, encoding: str, *, newlines: bool) -> Any:
     reading = pyarrow.csv.ReadOptions(encoding=encoding)
     parsing = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=newlines)

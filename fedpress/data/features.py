@@ -93,8 +93,16 @@ class FeatureColumns:
             for column, part in zip(learned, parts, strict=True):
                 filled.append(replace(column, fill=tuple(part.tolist())))
             learned = filled
-        gaps = tuple(NO_VALUE) if self.settings.source == "csv" else ()
-        return Preparation(tuple(learned), gaps, self.settings.decimal)
+        settings = self.settings
+        return Preparation(
+            tuple(learned),
+            # In other files a text such as "NA" is a word.
+            gaps=tuple(NO_VALUE) if settings.source == "csv" else (),
+            decimal=settings.decimal,
+            delimiter=settings.delimiter,
+            encoding=settings.encoding,
+            labels=settings.label_columns,
+        )
 
     def _block(
         self, column: Column, public: np.ndarray

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,29 @@ from fedpress.core.examples import Preprocess
 from fedpress.data import columns, features
 from fedpress.data.columns import Column
 from fedpress.data.preparation import InputColumn, Preparation
-from fedpress.errors import DataError
+from fedpress.errors import Argument, DataError, suggestion
+
+
+@dataclass(frozen=True)
+class Strictness:
+    """Which cells are errors although the training found a value for them.
+
+    The training fills a text in a column of numbers as if the cell were empty, and encodes a word
+    that is on no list as zeros. In a row to be predicted both are most likely mistakes.
+
+    Attributes:
+        texts: whether a text in a column of numbers is an error.
+        words: whether a word without an input is an error.
+        place: returns where a row is, such as "line 7 of 'new.csv'".
+    """
+
+    texts: bool = False
+    words: bool = False
+    place: Callable[[int], str] = "row {}".format
+
+
+AS_TRAINED = Strictness()
+"""Rows are prepared exactly as the training would have prepared them."""
 
 
 def prepare(rows: Sequence[Mapping[str, Any]], preparation: Preparation) -> Tensor:
@@ -25,7 +48,7 @@ def prepare(rows: Sequence[Mapping[str, Any]], preparation: Preparation) -> Tens
         rows: a dictionary for each row, by column name; further columns are ignored. Values are
             text, as `csv.DictReader` returns it, or numbers, booleans and words. A missing cell is
             None, NaN, or one of the texts in `preparation.gaps`.
-        preparation: the result of `Preparation.read("inputs.json")`, or the attribute
+        preparation: the result of `Preparation.read("preparation.json")`, or the attribute
             `preparation` of a loaded data set.
 
     Raises:
@@ -38,24 +61,43 @@ def prepare(rows: Sequence[Mapping[str, Any]], preparation: Preparation) -> Tens
     >>> prepare([{"age": "", "job": "nurse"}, {"age": 20, "job": "cook"}], about).tolist()
     [[1.0, 0.0, 1.0], [-1.0, 1.0, 0.0]]
     """
-    blocks = []
+    cells: dict[str, list[Any]] = {}
     for column in preparation.columns:
-        cells = [_cell(row, at, column, preparation) for at, row in enumerate(rows)]
-        blocks.append(_block(cells, column, preparation))
-    x = torch.from_numpy(np.concatenate(blocks, axis=1))
+        for at, row in enumerate(rows):
+            if column.name not in row:
+                raise DataError(
+                    f"there is no column '{column.name}'",
+                    place=AS_TRAINED.place(at),
+                    cure="add the column, with None where it has no value",
+                )
+        cells[column.name] = [row[column.name] for row in rows]
+    x = raw_inputs(cells, preparation, AS_TRAINED)
     # The exported network does not standardise, so it is done here.
     return Preprocess(preparation.mean, preparation.std)(x)
 
 
-def _cell(row: Mapping[str, Any], at: int, column: InputColumn, preparation: Preparation) -> Any:
+def raw_inputs(
+    table: Mapping[str, Sequence[Any]], preparation: Preparation, strictness: Strictness
+) -> Tensor:
+    """Returns the inputs before standardisation, float32 [n, d].
+
+    Args:
+        table: name of each column -> its cells, as `prepare` takes them.
+        preparation: how the columns become inputs.
+        strictness: which cells are errors, and how an error names a row.
+
+    Raises:
+        DataError: if a cell cannot become an input.
+    """
+    blocks = []
+    for column in preparation.columns:
+        cells = [_cell(value, preparation) for value in table[column.name]]
+        blocks.append(_block(cells, column, preparation, strictness))
+    return torch.from_numpy(np.concatenate(blocks, axis=1))
+
+
+def _cell(value: Any, preparation: Preparation) -> Any:
     """Returns the value of one cell; None if it is missing."""
-    if column.name not in row:
-        raise DataError(
-            f"there is no column '{column.name}'",
-            place=f"row {at}",
-            cure="add the column, with None where it has no value",
-        )
-    value = row[column.name]
     # pandas marks a missing cell by NaN, in columns of words too.
     if isinstance(value, float | np.floating) and math.isnan(value):
         return None
@@ -64,19 +106,17 @@ def _cell(row: Mapping[str, Any], at: int, column: InputColumn, preparation: Pre
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _block(cells: list[Any], column: InputColumn, preparation: Preparation) -> np.ndarray:
+def _block(
+    cells: list[Any], column: InputColumn, preparation: Preparation, strictness: Strictness
+) -> np.ndarray:
     """Returns the inputs of one column, float32 [n, k], with missing cells filled."""
     if column.kind == "words":
-        words = _words(cells, column.name)
+        words = _words(cells, column.name, strictness)
         block, unknown = features.one_hot_block(words, column.words, column.unknown)
-        if column.unknown == "refused" and unknown.any():
-            raise DataError(
-                f"column '{column.name}' has a word that is not on its list",
-                place=f"row {int(unknown.argmax())}",
-                cure="leave the row out, as the training did",
-            )
+        if unknown.any():
+            _refuse_unknown(words, unknown, column, strictness)
     else:
-        block = _numbers(cells, column, preparation.decimal)
+        block = _numbers(cells, column, preparation.decimal, strictness)
     gaps = np.isnan(block)
     if gaps.any() and not column.fill:
         raise DataError(
@@ -84,13 +124,40 @@ def _block(cells: list[Any], column: InputColumn, preparation: Preparation) -> n
                 f"column '{column.name}' has no value of its kind ({column.kind}), and the "
                 "training did not fill such cells"
             ),
-            place=f"row {int(gaps.any(1).argmax())}",
+            place=strictness.place(int(gaps.any(1).argmax())),
             cure="fill it, or leave the row out",
         )
     return np.where(gaps, np.array(column.fill or (0.0,), dtype=np.float32), block)
 
 
-def _words(cells: list[Any], name: str) -> Any:
+def _refuse_unknown(
+    words: Any, unknown: np.ndarray, column: InputColumn, strictness: Strictness
+) -> None:
+    """Refuses words that have no input of their own, if they are errors."""
+    first = int(unknown.argmax())
+    if column.unknown == "refused":
+        raise DataError(
+            f"column '{column.name}' has a word that is not on its list",
+            place=strictness.place(first),
+            cure="leave the row out, as the training did",
+        )
+    if not strictness.words or column.unknown == "other":
+        return
+    word = words[first].as_py()
+    known = ", ".join(column.words[:8]) + (", ..." if len(column.words) > 8 else "")
+    raise DataError(
+        f"column '{column.name}' has the unknown word '{str(word)[:40]}' (known: {known})",
+        place=strictness.place(first),
+        cure=(
+            suggestion(str(word), column.words, "correct it"),
+            ", or give ",
+            Argument("unknown", "zeros"),
+            " to encode unknown words as the training does",
+        ),
+    )
+
+
+def _words(cells: list[Any], name: str, strictness: Strictness) -> Any:
     words: list[str | None] = []
     for at, cell in enumerate(cells):
         if cell is None or isinstance(cell, str):
@@ -102,13 +169,15 @@ def _words(cells: list[Any], name: str) -> Any:
         except pa.ArrowException as error:
             raise DataError(
                 f"column '{name}' holds {type(cell).__name__}",
-                place=f"row {at}",
+                place=strictness.place(at),
                 cure="expected a word",
             ) from error
     return pa.chunked_array([pa.array(words, pa.string())])
 
 
-def _numbers(cells: list[Any], column: InputColumn, decimal: str) -> np.ndarray:
+def _numbers(
+    cells: list[Any], column: InputColumn, decimal: str, strictness: Strictness
+) -> np.ndarray:
     """Returns float32 [n, 1], with NaN for missing cells and for text that is not a number."""
     # Text is converted by the same code as in training; the other cells follow in the loop
     # below.
@@ -117,6 +186,8 @@ def _numbers(cells: list[Any], column: InputColumn, decimal: str) -> np.ndarray:
     kind = pa.bool_() if column.kind == "truth" else pa.float64()
     typed = Column(column.name, values, text=True, decimal=decimal).cast(kind)
     block = features.number_block(typed, column.name)
+    if strictness.texts:
+        _refuse_texts(texts, block, column, strictness)
     for at, cell in enumerate(cells):
         if cell is None or isinstance(cell, str):
             continue
@@ -127,13 +198,33 @@ def _numbers(cells: list[Any], column: InputColumn, decimal: str) -> np.ndarray:
         except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"column '{column.name}' holds {type(cell).__name__}",
-                place=f"row {at}",
+                place=strictness.place(at),
                 cure="expected a number",
             ) from error
     if np.isinf(block).any():
         raise DataError(
             f"column '{column.name}' is infinite",
-            place=f"row {int(np.isinf(block).argmax())}",
+            place=strictness.place(int(np.isinf(block).argmax())),
             cure="leave the row out",
         )
     return block
+
+
+def _refuse_texts(
+    texts: list[str | None], block: np.ndarray, column: InputColumn, strictness: Strictness
+) -> None:
+    """Refuses text that is no number, such as "unknown", and names the first such row."""
+    for at, text in enumerate(texts):
+        if text is None or not math.isnan(block[at, 0]):
+            continue
+        wanted = "true or false" if column.kind == "truth" else "a number"
+        cure = f"write {wanted}, or leave the row out"
+        if column.fill:
+            cure = (
+                f"write {wanted}, or leave the cell empty: then the mean of the training fills it"
+            )
+        raise DataError(
+            f"column '{column.name}' has the text '{text[:40]}', expected {wanted}",
+            place=strictness.place(at),
+            cure=cure,
+        )

@@ -1,20 +1,29 @@
-"""`Preparation`: how rows of a table become the inputs of a network; saved as `inputs.json`.
+"""`Preparation`: how rows of a table become the inputs of a network; saved as `preparation.json`.
 
-A device needs this file in addition to the exported model. `fedpress.data.prepare` converts rows
-with it.
+It lies beside every saved and exported model, and in the model's own file, too: in the spec of a
+saved model, and in the metadata of an exported file. `fedpress.data.prepare` converts rows with it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from pydantic import JsonValue
 
 from fedpress.core.examples import Preprocess
 from fedpress.errors import DataError
 
+VERSION = 1
+"""Version of the JSON. A reader refuses a newer one: it would prepare rows in another way."""
+FACTS = ("gaps", "decimal", "delimiter", "encoding", "class_names", "labels", "task")
+KEYS = frozenset(("version", "input", "columns", "mean", "std", "standardised_by_the_file", *FACTS))
+"""All keys of the JSON; another key means a step that this version does not know."""
+COLUMN_KEYS = frozenset({"name", "kind", "words", "unknown", "fill"})
+"""All keys of a column in the JSON."""
 Kind = Literal["number", "truth", "words"]
 """Kind of a column (see `InputColumn.kind`)."""
 Unknown = Literal["zeros", "other", "refused"]
@@ -65,6 +74,10 @@ class Preparation:
         mean: mean of each input. `fedpress.data.prepare` subtracts it; the exported model does not.
         std: standard deviation of each input, by which `fedpress.data.prepare` divides.
         class_names: names of the classes, in the order of the network's outputs.
+        delimiter: character between the columns of a CSV file.
+        encoding: encoding of a CSV file; None: UTF-8.
+        labels: names of the columns that the network predicts. New rows need not have them.
+        task: kind and options of the task, as `Task.to_json` returns them.
     """
 
     columns: tuple[InputColumn, ...]
@@ -73,6 +86,10 @@ class Preparation:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     class_names: tuple[str, ...] = ()
+    delimiter: str = ","
+    encoding: str | None = None
+    labels: tuple[str, ...] = ()
+    task: Mapping[str, JsonValue] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -80,17 +97,21 @@ class Preparation:
         return sum(column.width for column in self.columns)
 
     def with_standardisation(
-        self, preprocess: Preprocess, class_names: Sequence[str]
+        self,
+        preprocess: Preprocess,
+        class_names: Sequence[str],
+        task: Mapping[str, JsonValue] | None = None,
     ) -> Preparation:
-        """Returns the same columns with the standardisation and the classes of a network."""
+        """Returns the same columns with the standardisation, classes and task of a network."""
         mean, std = preprocess.mean or (0.0,), preprocess.std or (1.0,)
         # A single value applies to all inputs.
         if len(mean) == 1:
             mean, std = mean * self.width, std * self.width
-        return replace(self, mean=mean, std=std, class_names=tuple(class_names))
+        told = dict(task if task is not None else self.task)
+        return replace(self, mean=mean, std=std, class_names=tuple(class_names), task=told)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the preparation as plain JSON values, the content of `inputs.json`."""
+        """Returns the preparation as plain JSON values, the content of `preparation.json`."""
         columns: list[dict[str, Any]] = []
         for column in self.columns:
             line: dict[str, Any] = {"name": column.name, "kind": column.kind}
@@ -100,20 +121,27 @@ class Preparation:
             columns.append(line | {"fill": list(column.fill) or None})
         steps = "the columns in order, gaps filled, then (x - mean) / std"
         return {
+            "version": VERSION,
             "input": f"float32 [N, {self.width}]: {steps}",
             "columns": columns,
             "gaps": list(self.gaps),
             "decimal": self.decimal,
+            "delimiter": self.delimiter,
+            "encoding": self.encoding,
             "mean": list(self.mean),
             "std": list(self.std),
-            # Tells whoever reads `inputs.json` that the exported network does not standardise.
+            # Tells whoever reads the file that the exported network does not standardise.
             "standardised_by_the_file": False,
             "class_names": list(self.class_names),
+            "labels": list(self.labels),
+            "task": dict(self.task),
         }
 
     @classmethod
     def read(cls, path: str | Path) -> Preparation:
-        """Reads the file `inputs.json`, which lies beside an exported or packed file.
+        """Reads `preparation.json`, which lies beside an exported or packed file.
+
+        Older versions of fedpress called it `inputs.json`.
 
         Raises:
             DataError: if the file cannot be read, or its parts contradict each other.
@@ -124,6 +152,8 @@ class Preparation:
             raise DataError(
                 f"cannot be read ({error.strerror})", place=f"'{path}'", cure="check the path"
             ) from error
+        except _Newer as error:
+            raise DataError(error.problem, place=f"'{path}'", cure=error.cure) from error
         except (ValueError, KeyError, TypeError, AttributeError, DataError) as error:
             raise DataError(
                 f"corrupt ({error})", place=f"'{path}'", cure="copy it again from the run folder"
@@ -145,6 +175,7 @@ class Preparation:
 
     @classmethod
     def _from_json(cls, content: Mapping[str, Any]) -> Preparation:
+        _refuse_newer(content)
         mean = tuple(map(float, content["mean"]))
         std = tuple(map(float, content["std"]))
         found = cls(
@@ -154,12 +185,44 @@ class Preparation:
             mean=mean,
             std=std,
             class_names=tuple(content["class_names"]),
+            # Files of fedpress 0.2.0 and older lack the following keys, and `version`.
+            delimiter=content.get("delimiter", ","),
+            encoding=content.get("encoding"),
+            labels=tuple(content.get("labels", ())),
+            task=dict(content.get("task", {})),
         )
         # Raises if mean and std do not fit each other.
         Preprocess(mean, std)
         if len(mean) != found.width:
             raise ValueError(f"{len(mean)} means for {found.width} inputs")
         return found
+
+
+class _Newer(DataError):
+    """The JSON has steps that this version of fedpress does not know."""
+
+
+def _refuse_newer(content: Mapping[str, Any]) -> None:
+    """Refuses a preparation of another version, and one with keys that this version lacks.
+
+    A step that is left out would give other inputs, and so wrong predictions without an error.
+    """
+    version = content.get("version", VERSION)
+    if version != VERSION:
+        raise _Newer(
+            f"version {version!r} of the preparation, this fedpress reads version {VERSION}",
+            place="preparation",
+            cure="install the fedpress that wrote it",
+        )
+    unknown = sorted(set(content) - KEYS)
+    for line in content["columns"]:
+        unknown += sorted(set(line) - COLUMN_KEYS)
+    if unknown:
+        raise _Newer(
+            f"a step '{unknown[0]}' that this fedpress does not know",
+            place="preparation",
+            cure="install the fedpress that wrote it",
+        )
 
 
 def _column(line: Mapping[str, Any]) -> InputColumn:

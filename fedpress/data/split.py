@@ -222,7 +222,7 @@ def _assemble(examples: SourceRows, settings: DataSettings, parts: Parts) -> Fed
         preprocess=preprocess,
         task=task,
         preparation=inputs.preparation
-        and inputs.preparation.with_standardisation(preprocess, found.names),
+        and inputs.preparation.with_standardisation(preprocess, found.names, task.to_json()),
     )
     return data if examples.targets is None else replace(data, left_out=left_out)
 

@@ -2,7 +2,15 @@
 
 from fedpress.deploy.artifact import ROUNDING, TOLERANCE, Artifact, Job
 from fedpress.deploy.device_model import DeviceModel
-from fedpress.deploy.formats import FORMATS, Format, export, file_bytes, open_file, unknown_format
+from fedpress.deploy.formats import (
+    FORMATS,
+    Format,
+    export,
+    file_bytes,
+    file_metadata,
+    open_file,
+    unknown_format,
+)
 from fedpress.deploy.measure import Candidate, export_all, measure
 from fedpress.deploy.memory import peak_memory
 from fedpress.deploy.ondevice import export_training
@@ -46,6 +54,7 @@ __all__ = [
     "export_training",
     "file_bytes",
     "file_logits",
+    "file_metadata",
     "latency",
     "logits",
     "main_outputs",

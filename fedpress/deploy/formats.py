@@ -1,8 +1,8 @@
 """The table of file formats, such as ONNX: which functions write and open files of each format.
 
-To add a format, write a module with `export(model, path, job) -> Artifact` and
-`open(path, threads) -> Session`, and add a row below. Everything else, such as the export stage and
-`measure`, uses the row.
+To add a format, write a module with `export(model, path, job) -> Artifact`,
+`open(path, threads) -> Session` and `read_metadata(path)`, and add a row below. Everything else,
+such as the export stage and `measure`, uses the row.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fedpress.deploy import executorch, litert, onnx, openvino
 from fedpress.deploy.artifact import Artifact, Job
 from fedpress.deploy.capture import extra
 from fedpress.deploy.executorch import export_executorch, open_executorch
@@ -35,6 +36,7 @@ class Format:
         install: arguments of `pip install` for these packages.
         export: function that writes a model.
         open: function that loads a file; arguments: path and threads (0: the runtime chooses).
+        metadata: function that reads the metadata in a file.
         batch: the only batch size that the files take; None: they take any batch size.
     """
 
@@ -44,6 +46,7 @@ class Format:
     install: str
     export: Callable[[nn.Module, Path, Job], Artifact]
     open: Callable[[Path, int], Session]
+    metadata: Callable[[Path], dict[str, str]]
     batch: int | None = None
 
     def missing(self) -> str | None:
@@ -64,6 +67,7 @@ FORMATS: dict[str, Format] = {
         install="onnx onnxscript onnxruntime",
         export=export_onnx,
         open=open_onnx,
+        metadata=onnx.read_metadata,
     ),
     "executorch": Format(
         suffix=".pte",
@@ -72,6 +76,7 @@ FORMATS: dict[str, Format] = {
         install=extra("executorch"),
         export=export_executorch,
         open=open_executorch,
+        metadata=executorch.read_metadata,
         batch=1,
     ),
     "litert": Format(
@@ -81,6 +86,7 @@ FORMATS: dict[str, Format] = {
         install=extra("litert", "constraints-litert.txt"),
         export=export_litert,
         open=open_litert,
+        metadata=litert.read_metadata,
         batch=1,
     ),
     "openvino": Format(
@@ -90,6 +96,7 @@ FORMATS: dict[str, Format] = {
         install=extra("openvino"),
         export=export_openvino,
         open=open_openvino,
+        metadata=openvino.read_metadata,
     ),
 }
 """Name of each format, as users write it -> its description."""
@@ -141,6 +148,17 @@ def format_of(path: str | Path) -> Format:
             f"{row.runtime} is not installed to run {path}", place="path", cure=f"run `{command}`"
         )
     return row
+
+
+def file_metadata(path: str | Path) -> dict[str, str]:
+    """Returns the metadata in an exported file: class names, task, preparation, mean and std.
+
+    Raises:
+        ExportError: if the file cannot be loaded.
+    """
+    row = format_of(path)
+    file_bytes(path)
+    return row.metadata(Path(path))
 
 
 def file_bytes(path: str | Path) -> int:

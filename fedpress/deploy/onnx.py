@@ -171,6 +171,28 @@ def open_onnx(path: str | Path, threads: int = 0) -> Session:
     return Session(str(path), "onnxruntime", inputs, outputs, compute, structure, threads, needed)
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Returns the metadata in the file.
+
+    Raises:
+        ExportError: if the file cannot be loaded.
+    """
+    ort = require("onnxruntime")["onnxruntime"]
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    # The graph is not run, so it need not be optimised.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(
+            f"onnxruntime cannot load {path}: {_first_line(error)}",
+            place="path",
+            cure="export it again",
+        ) from error
+    return dict(session.get_modelmeta().custom_metadata_map)
+
+
 def _dtype(type: str) -> np.dtype[Any]:
     """Returns the numpy dtype of `tensor(float)`, `tensor(int64)` and so on."""
     name = type.removeprefix("tensor(").removesuffix(")")

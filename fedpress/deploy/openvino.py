@@ -142,3 +142,24 @@ def _file_input(port: Any) -> FileInput:
         sizes.append(dim.get_length() if dim.is_static else BATCH)
     dtype = np.dtype(port.get_element_type().to_dtype())
     return FileInput(port.get_any_name(), tuple(sizes), dtype)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Returns the metadata in the file.
+
+    Raises:
+        ExportError: if the file cannot be loaded.
+    """
+    openvino = require("openvino", install=INSTALL)["openvino"]
+    try:
+        model = openvino.Core().read_model(str(path))
+        if not model.has_rt_info(["fedpress"]):
+            return {}
+        entries = model.get_rt_info(["fedpress"]).value
+        return {name: str(getattr(value, "value", value)) for name, value in entries.items()}
+    except Exception as error:
+        raise ExportError(
+            f"OpenVINO cannot load {path}: {first_line(error)}",
+            place="path",
+            cure="export it again",
+        ) from error

@@ -12,7 +12,14 @@ from math import prod
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -83,6 +90,8 @@ class ModelSpec(BaseModel):
         task: kind and options of the task, such as regression with mean and std, as `Task.to_json`
             returns them. Empty for classification, which needs only `class_names`.
         input_dtype: dtype of one example; for several inputs {argument of forward: dtype}.
+        preparation: how a raw row of a table becomes an example, as `Preparation.to_json` returns
+            it. Empty for examples that are no rows of a table.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -104,6 +113,15 @@ class ModelSpec(BaseModel):
     input_dtype: Literal["float32", "int64"] | dict[str, Literal["float32", "int64", "bool"]] = (
         "float32"
     )
+    preparation: dict[str, JsonValue] = {}
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out an empty preparation, so that older versions can read the file."""
+        found: dict[str, Any] = write(self)
+        if not found.get("preparation"):
+            found.pop("preparation", None)
+        return found
 
     @model_validator(mode="after")
     def _same_names(self) -> ModelSpec:
@@ -176,6 +194,7 @@ class ModelSpec(BaseModel):
         """Checks the declared sizes against `fedpress.core.limits` before memory is allocated."""
         limits.check_tree(self.arguments, "spec.arguments")
         limits.check_tree(self.task, "spec.task", lists=False)
+        limits.check_tree(self.preparation, "spec.preparation", lists=False)
         for name in ("resized", "numbers", "groups", "quantized", "input_shape"):
             limits.check_tree(self.model_dump(include={name})[name], f"spec.{name}", lists=False)
         shapes = shapes_in(self.input_shape)

@@ -51,6 +51,7 @@ ROWS = (
     Row("mean", "--mean", ("data.mean",)),
     Row("std", "--std", ("data.std",)),
     Row("device", "--device", ("device",)),
+    Row("unknown", "--unknown"),
     Row("out", "--out"),
     Row("resume", "--resume"),
     Row("allow_code", "--allow-code"),

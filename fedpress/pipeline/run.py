@@ -20,6 +20,7 @@ from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.result import write_result
 from fedpress.pipeline.start import first_state, parent_of, with_parent
 from fedpress.privacy.ledger import Ledger
+from fedpress.stages import inputs
 from fedpress.stages.base import Stage
 from fedpress.transport.engine import engine_settings, open_engine
 from fedpress.workspace.folder import RunFolder
@@ -71,6 +72,7 @@ def execute(
         if engine is None and network is None:
             engine = held.enter_context(open_engine(engine_settings()))
         first = replace(first_state(recipe, data), network=network, engine=engine)
+        inputs.write_preparation(first, folder.path, folder.path)
         yield from _stages(recipe, folder, data, reuse, first)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from fedpress import data as data_sets
@@ -27,6 +28,7 @@ from fedpress.nn.resize import copied
 from fedpress.pipeline.arguments import KEYS
 from fedpress.pipeline.places import errors_of_data, errors_of_device, errors_of_model
 from fedpress.pipeline.recipe import ModelSettings, Recipe
+from fedpress.pipeline.sizes import completed_arguments
 from fedpress.training import device
 from fedpress.workspace.state import Loader, State
 
@@ -112,11 +114,13 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
     if recipe.model.checkpoint is not None:
         spec, model = saved_model(recipe.model.checkpoint)
         # The new data may have another mean or other class names than the data of the checkpoint.
-        spec = spec.model_copy(update=about)
+        spec = spec.model_copy(update={**about, "preparation": _preparation(data, spec)})
     else:
-        _check_mlp(recipe.model, about["input_shape"], data)
+        about["preparation"] = _preparation(data, None)
+        settings = _with_sizes(recipe.model, about["input_shape"], data)
+        _check_mlp(settings, about["input_shape"], data)
         with errors_of_model():
-            spec, model = _built(recipe.model, about)
+            spec, model = _built(settings, about)
     try:
         with torch.inference_mode():
             # Two rows: some networks cannot take a batch of one.
@@ -132,6 +136,37 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
     start = copied(model) if recipe.model.architecture == memory.IN_MEMORY else None
     dense = cost.parameters(start if start is not None else spec.build_dense())
     return State(spec, model.train(), data, recipe.seed, dense, device=at, given=start)
+
+
+def _preparation(
+    data: data_sets.FederatedData, checkpoint: ModelSpec | None
+) -> dict[str, JsonValue]:
+    """Returns how raw rows become examples, as JSON; {} for data that are no rows of a table.
+
+    Args:
+        data: the data set. Its standardisation and its task are those of the model.
+        checkpoint: spec of a saved model. Its columns are kept if the data are prepared examples
+            of the same shape, such as tensors in memory.
+    """
+    about = data.preparation
+    if about is None and checkpoint is not None and checkpoint.preparation:
+        kept = data_sets.Preparation.from_json(checkpoint.preparation)
+        if data.example_shape == (kept.width,):
+            about = kept
+    if about is None:
+        return {}
+    task = data.task.to_json() if data.labelled else about.task
+    names = data.task.names if data.labelled else about.class_names
+    return about.with_standardisation(data.preprocess, tuple(map(str, names)), task).to_json()
+
+
+def _with_sizes(
+    settings: ModelSettings, shape: Shape, data: data_sets.FederatedData
+) -> ModelSettings:
+    """Returns the table `[model]` with the sizes of a built-in network that it leaves out."""
+    assert settings.architecture is not None
+    arguments = completed_arguments(settings.architecture, settings.arguments, shape, data)
+    return settings.model_copy(update={"arguments": arguments})
 
 
 def _check_mlp(settings: ModelSettings, shape: Shape, data: data_sets.FederatedData) -> None:
@@ -156,9 +191,8 @@ def _check_mlp(settings: ModelSettings, shape: Shape, data: data_sets.FederatedD
     if data.labelled:
         outputs = Argument("recipe.model.arguments.num_classes", data.task.outputs)
         cure += [" and ", outputs]
-    number = "no number of inputs is given" if given is None else f"got {given} inputs"
     raise RecipeError(
-        f"{number}, but an example of the data has {wanted} (shape {shape_text(shape)})",
+        f"got {given} inputs, but an example of the data has {wanted} (shape {shape_text(shape)})",
         place="recipe.model.arguments.in_features",
         cure=cure,
     )

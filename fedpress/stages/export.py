@@ -111,7 +111,7 @@ class ExportStage(BaseModel, Stage):
         path.parent.mkdir(exist_ok=True)
         model = state.model.to("cpu")
         artifact = self._export(state, path)
-        inputs.write_inputs_json(state, folder)
+        inputs.write_preparation(state, folder.run / "artifacts", folder.run)
 
         yield Tick(1, 4, "comparing with torch")
         test = state.data.test
@@ -236,11 +236,13 @@ def _compared(task: Task, in_torch: Tensor, in_file: Tensor) -> tuple[float | No
 
 
 def _metadata(state: State) -> dict[str, str]:
-    """Returns the metadata of the file: the names of its outputs, and the task."""
+    """Returns the metadata of the file: class names, task, and how a row becomes its input."""
     metadata = {"class_names": json.dumps(state.data.class_names)}
     about = state.data.task.to_json()
     if about:
         metadata["task"] = json.dumps(about)
+    if state.spec.preparation:
+        metadata["preparation"] = json.dumps(state.spec.preparation)
     return metadata
 
 

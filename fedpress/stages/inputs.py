@@ -1,18 +1,21 @@
-"""Writes `inputs.json`: how a device turns a raw row of a table into the network's input."""
+"""Writes `preparation.json`: how a raw row of a table becomes the network's input."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fedpress.workspace.atomic import write_json_with_checksum
-from fedpress.workspace.stage_folder import INPUTS, StageFolder
+from fedpress.workspace.stage_folder import PREPARATION
 from fedpress.workspace.state import State
 
 
-def write_inputs_json(state: State, folder: StageFolder) -> None:
-    """Writes `artifacts/inputs.json` if the data come from a table, such as a CSV file."""
-    data = state.data
-    if data.preparation is None:
-        return
-    # The device needs the mean and std with which the model was trained. They may differ from the
-    # mean and std of these data.
-    used = data.preparation.with_standardisation(data.preprocess, data.class_names)
-    write_json_with_checksum(folder.run / "artifacts" / INPUTS, used.to_json(), folder.run)
+def write_preparation(state: State, folder: Path, run: Path) -> None:
+    """Writes `preparation.json` into `folder` if the model takes rows of a table, such as CSV.
+
+    Args:
+        state: the state; its spec has the preparation.
+        folder: the folder of the model, such as `RUN/artifacts`.
+        run: folder of the run, whose list of checksums gets a line.
+    """
+    if state.spec.preparation:
+        write_json_with_checksum(folder / PREPARATION, state.spec.preparation, run)

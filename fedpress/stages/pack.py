@@ -46,7 +46,7 @@ class PackStage(BaseModel, Stage):
         with writing(path):
             path.parent.mkdir(exist_ok=True)
             packed = storage.pack(state.spec, model, path)
-        inputs.write_inputs_json(state, folder)
+        inputs.write_preparation(state, folder.run / "artifacts", folder.run)
         yield Tick(1, 1)
         facts: dict[str, Any] = {
             "artifact": f"artifacts/{path.name}",

@@ -28,6 +28,7 @@ CURES: dict[str, Words] = {
     "before.json": "delete this file to measure the model again",
     "result.json": _REWRITTEN,
     "ledger.json": _REWRITTEN,
+    "preparation.json": _REWRITTEN,
     records.NAME: records.CURE,
 }
 # Part of the advice in several errors to start a new run.

@@ -36,8 +36,10 @@ from fedpress.workspace.records import Records
 log = logger(__name__)
 
 PROGRESS = "progress.safetensors"
-# File in artifacts/ that says how raw table rows become the inputs of the exported models.
-INPUTS = "inputs.json"
+# File beside a model that says how raw table rows become its inputs.
+PREPARATION = "preparation.json"
+# Its name in artifacts/ of runs of fedpress 0.2.0 and older.
+OLD_PREPARATION = "inputs.json"
 # Keys in the result of every finished stage, in addition to the primary metric of its task.
 NEEDED = ("kind", "name", "seconds", "parameters")
 # Files that get their checksum when they are written, and not when the stage finishes.
@@ -306,13 +308,14 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def files_of(artifact: Path) -> list[Path]:
-    """Returns all files of an exported model: those with the stem of `artifact`, and `inputs.json`.
+    """Returns all files of an exported model: those with its stem, and `preparation.json`.
 
-    Example: OpenVINO writes the graph to `model.xml` and the weights to `model.bin`. `inputs.json`
-    says how a row of a table becomes the model's input.
+    Example: OpenVINO writes the graph to `model.xml` and the weights to `model.bin`.
+    `preparation.json` says how a row of a table becomes the model's input.
     """
     found = []
+    beside = (PREPARATION, OLD_PREPARATION)
     for path in artifact.parent.iterdir():
-        if path.is_file() and (path.stem == artifact.stem or path.name == INPUTS):
+        if path.is_file() and (path.stem == artifact.stem or path.name in beside):
             found.append(path)
     return sorted(found)

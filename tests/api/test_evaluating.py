@@ -105,7 +105,7 @@ def test_the_command_predicts_from_a_file_as_python_does(run, shell, tmp_path):
         ("pickle.npy", "inputs: cannot read 'pickle.npy'"),
         ("shape.npy", "inputs: it does not take examples of"),
         ("flat.npy", "inputs: "),
-        ("rows.csv", "turn its rows into inputs with fedpress.data.prepare"),
+        ("rows.csv", "was not trained on a table"),
     ],
 )
 def test_a_file_that_is_no_input_is_refused_and_nothing_is_unpickled(
@@ -264,7 +264,7 @@ def test_all_rows_of_another_table_are_measured_as_the_run_prepares_them(
     rows = visits(tmp_path / "new.csv", 150, seed=1)
     found = fedpress.evaluate(table_run.path, path=tmp_path / "new.csv")
     # The oracle: the file that lies beside an exported network.
-    about = Preparation.read(table_run.path / "artifacts" / "inputs.json")
+    about = Preparation.read(table_run.path / "artifacts" / "preparation.json")
     inputs = [{name: row[name] for name in ("age", "pressure", "ward")} for row in rows]
     answers = fedpress.predict(table_run.path, prepare(inputs, about), mean="none").labels
     right = [answer == row["ill"] for answer, row in zip(answers, rows, strict=True)]

@@ -60,8 +60,8 @@ def ask(path, **keys):
 def test_prepared_rows_are_those_of_the_training_to_the_bit(tmp_path, unknown, decimal, delimiter):
     rows = write(tmp_path / "t.csv", decimal=decimal, delimiter=delimiter)
     data = load(ask(tmp_path / "t.csv", unknown=unknown, decimal=decimal, delimiter=delimiter), 0)
-    (tmp_path / "inputs.json").write_text(json.dumps(data.preparation.to_json()))
-    about = Preparation.read(tmp_path / "inputs.json")
+    (tmp_path / "preparation.json").write_text(json.dumps(data.preparation.to_json()))
+    about = Preparation.read(tmp_path / "preparation.json")
     assert about == data.preparation
     assert about.class_names == data.class_names == ("ill", "well", *([unknown] if unknown else []))
     got = prepare([row for row in rows if row["site"] == "s3"], about)
@@ -171,7 +171,7 @@ def test_no_rows_give_no_inputs():
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path, change, said):
-    path = tmp_path / "inputs.json"
+    path = tmp_path / "preparation.json"
     path.write_text(json.dumps(ABOUT.to_json() | change))
     with pytest.raises(DataError, match=said):
         Preparation.read(path)

@@ -53,7 +53,7 @@ def options():
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_row_is_an_argument_a_flag_and_a_key_that_are_there(row):
     calls: set[str] = set()
-    for function in (call, fedpress.measure, fedpress.run):
+    for function in (call, fedpress.measure, fedpress.predict, fedpress.run):
         calls |= inspect.signature(function).parameters.keys()
     # `engine.actors` is a key of the table that the argument `engine` takes.
     name = row.name.partition(".")[0]

@@ -37,23 +37,48 @@ def table(tmp_path):
     return recipe
 
 
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        ("{ in_features = 2, num_classes = 2 }", "got 2 inputs"),
-        ("{ num_classes = 2 }", "no number of inputs is given"),
-        ("{}", "no number of inputs is given"),
-    ],
-)
-def test_a_table_that_does_not_fit_an_mlp_names_both_numbers(table, arguments, problem):
-    recipe = table(arguments)
+def test_a_table_that_does_not_fit_an_mlp_names_both_numbers(table):
+    recipe = table("{ in_features = 2, num_classes = 2 }")
     with pytest.raises(RecipeError) as error:
         first_state(recipe, load_data(recipe))
     assert str(error.value) == (
-        f"recipe.model.arguments.in_features: {problem}, but an example of the data has 3 "
+        "recipe.model.arguments.in_features: got 2 inputs, but an example of the data has 3 "
         "(shape [3]); set recipe.model.arguments.in_features = 3 and "
         "recipe.model.arguments.num_classes = 2"
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ("{}", {"in_features": 3, "num_classes": 2}),
+        ("{ hidden = [4] }", {"hidden": [4], "in_features": 3, "num_classes": 2}),
+        ("{ in_features = 3, num_classes = 2 }", {"in_features": 3, "num_classes": 2}),
+    ],
+)
+def test_sizes_that_a_recipe_leaves_out_follow_from_the_data(table, arguments, wanted):
+    recipe = table(arguments)
+    state = first_state(recipe, load_data(recipe))
+    assert state.spec.arguments == wanted
+    widths = [tuple(p.shape) for p in state.model.parameters() if p.dim() == 2]
+    assert (widths[0][1], widths[-1][0]) == (3, 2)
+
+
+@pytest.mark.parametrize("architecture", ["cnn", "resnet-small", "resnet18", "mlp"])
+def test_channels_and_sides_of_an_image_follow_from_the_data(architecture):
+    tables = {
+        "data": {"source": "digits"},
+        "model": {"architecture": architecture},
+        "stage": [{"kind": "train", "epochs": 1}],
+    }
+    recipe = fedpress.Recipe(**tables)
+    state = first_state(recipe, load_data(recipe))
+    wanted = {
+        "cnn": {"in_channels": 1, "image_size": 8},
+        "mlp": {"in_features": 64},
+    }
+    # Ten classes are the default, which specs of older versions leave out.
+    assert state.spec.arguments == wanted.get(architecture, {"in_channels": 1})
 
 
 def test_what_the_error_of_an_mlp_says_to_set_fits(table):

@@ -63,7 +63,7 @@ def test_raw_rows_give_the_outputs_of_the_run_in_its_files(made):
     place, text, run = made
     with open(place / "t.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["site"] == "s3"]
-    x = prepare(rows, Preparation.read(run / "artifacts" / "inputs.json"))
+    x = prepare(rows, Preparation.read(run / "artifacts" / "preparation.json"))
     data = load_data(recipes.load(text))
     _, model = storage.load(run)
     with torch.no_grad():
@@ -80,10 +80,10 @@ def test_another_run_takes_it_over_and_damage_is_noticed(made, tmp_path):
     _, text, run = made
     other = tmp_path / "other"
     finish(text, other, reuse=run)
-    path = other / "artifacts" / "inputs.json"
-    assert path.read_bytes() == (run / "artifacts" / "inputs.json").read_bytes()
+    path = other / "artifacts" / "preparation.json"
+    assert path.read_bytes() == (run / "artifacts" / "preparation.json").read_bytes()
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mean": [0.0] * 5}))
     with pytest.raises(
-        RunError, match=r"inputs\.json.*delete the result\.json of the stage that wrote it"
+        RunError, match=r"preparation\.json.*delete the result\.json of the stage that wrote it"
     ):
         finish(text, other, resume=True)

@@ -42,7 +42,7 @@ def test_the_stage_leaves_a_packed_file_with_the_same_bits(run):
     line = json.loads((run / "result.json").read_text())["stages"][1]
     file = run / line["artifact"]
     assert file.name == "model.packed.safetensors"
-    assert not (file.parent / "inputs.json").exists(), "images are fed as the file itself says"
+    assert not (file.parent / "preparation.json").exists(), "images are fed as the file itself says"
     assert line["verified"] is True
     assert line["float_layers"] == {}
     assert line["file_bytes"] == file.stat().st_size == sum(line["packed_bytes"].values())

@@ -159,6 +159,8 @@ class Offer:
         # Clients get only the stage's seed: from the run's seed they could compute other stages'
         # noise.
         own = derive(seed, "federate", stage.name)
+        # The preparation travels as `inputs`, of this server's data.
+        spec = spec.model_copy(update={"preparation": {}})
         return cls(settings, spec, tensors, own, preprocess, task, inputs, labels)
 
     def to_message(self, header: dict[str, JSON]) -> Message:
