@@ -147,17 +147,19 @@ class Preparation:
             DataError: if the file cannot be read, or its parts contradict each other.
         """
         try:
-            return cls._from_json(json.loads(Path(path).read_text("utf-8")))
+            content = json.loads(Path(path).read_text("utf-8"))
+            newer = _newer(content, f"'{path}'")
+            if newer is None:
+                return cls._from_json(content)
         except OSError as error:
             raise DataError(
                 f"cannot be read ({error.strerror})", place=f"'{path}'", cure="check the path"
             ) from error
-        except _Newer as error:
-            raise DataError(error.problem, place=f"'{path}'", cure=error.cure) from error
         except (ValueError, KeyError, TypeError, AttributeError, DataError) as error:
             raise DataError(
                 f"corrupt ({error})", place=f"'{path}'", cure="copy it again from the run folder"
             ) from error
+        raise newer
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Preparation:
@@ -167,15 +169,17 @@ class Preparation:
             DataError: if parts are missing or contradict each other.
         """
         try:
-            return cls._from_json(content)
+            newer = _newer(content, "preparation")
+            if newer is None:
+                return cls._from_json(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"corrupt ({error})", place="inputs", cure="use the same fedpress on both sides"
             ) from error
+        raise newer
 
     @classmethod
     def _from_json(cls, content: Mapping[str, Any]) -> Preparation:
-        _refuse_newer(content)
         mean = tuple(map(float, content["mean"]))
         std = tuple(map(float, content["std"]))
         found = cls(
@@ -198,31 +202,23 @@ class Preparation:
         return found
 
 
-class _Newer(DataError):
-    """The JSON has steps that this version of fedpress does not know."""
-
-
-def _refuse_newer(content: Mapping[str, Any]) -> None:
-    """Refuses a preparation of another version, and one with keys that this version lacks.
+def _newer(content: Mapping[str, Any], place: str) -> DataError | None:
+    """Returns an error if the JSON is of another version, or has keys that this version lacks.
 
     A step that is left out would give other inputs, and so wrong predictions without an error.
     """
+    cure = "install the fedpress that wrote it"
     version = content.get("version", VERSION)
     if version != VERSION:
-        raise _Newer(
-            f"version {version!r} of the preparation, this fedpress reads version {VERSION}",
-            place="preparation",
-            cure="install the fedpress that wrote it",
-        )
+        problem = f"version {version!r} of the preparation, this fedpress reads version {VERSION}"
+        return DataError(problem, place=place, cure=cure)
     unknown = sorted(set(content) - KEYS)
     for line in content["columns"]:
         unknown += sorted(set(line) - COLUMN_KEYS)
     if unknown:
-        raise _Newer(
-            f"a step '{unknown[0]}' that this fedpress does not know",
-            place="preparation",
-            cure="install the fedpress that wrote it",
-        )
+        problem = f"it has a step '{unknown[0]}' that this fedpress does not know"
+        return DataError(problem, place=place, cure=cure)
+    return None
 
 
 def _column(line: Mapping[str, Any]) -> InputColumn:
