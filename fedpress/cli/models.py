@@ -6,7 +6,7 @@ import csv
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from fedpress.cli.one_model import (
     shape_of,
 )
 from fedpress.errors import DataError
+
+if TYPE_CHECKING:
+    from fedpress.api.evaluating import Predictions
 
 GivenModel = Annotated[
     str,
@@ -109,8 +112,6 @@ def predict(
     code: AllowCode = None,
 ) -> None:
     """Runs a model on raw rows or prepared examples, and prints a CSV row for each."""
-    from fedpress.core.files import replacing
-
     # Checked first, so that a wrong name fails before the model runs.
     if out is not None and out.suffix not in (".csv", ".npy"):
         raise DataError(
@@ -131,6 +132,13 @@ def predict(
     if found.ignored:
         listed = ", ".join(found.ignored)
         typer.echo(in_one_line(f"note: these columns are not used: {listed}"), err=True)
+    _write(found, out)
+
+
+def _write(found: Predictions, out: Path | None) -> None:
+    """Writes predictions as CSV, or their outputs as .npy; without a file they are printed."""
+    from fedpress.core.files import replacing
+
     if out is not None and out.suffix == ".npy":
         import numpy as np
 

@@ -6,7 +6,6 @@ import random
 import shutil
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
@@ -208,7 +207,7 @@ def test_a_cell_that_is_wrong_is_named_by_its_line_and_column(sick, tmp_path, ce
 
 
 def test_a_line_is_counted_as_an_editor_counts(sick, tmp_path):
-    run, rows = sick
+    run, _ = sick
     header, *lines = ["age,job,insured,note", '50,cook,true,"two\nlines"', "", "51,cook,true,x"]
     (tmp_path / "new.csv").write_text("\n".join([header, *lines, "old,cook,true,x"]) + "\n")
     with pytest.raises(FedpressError, match="line 6 of"):
@@ -241,7 +240,7 @@ def test_a_missing_column_an_empty_table_and_arrays_of_a_table_are_told(sick, tm
     run, rows = sick
     less = [{name: row[name] for name in ("age", "insured")} | {"jobs": "cook"} for row in rows]
     write(tmp_path / "new.csv", less)
-    with pytest.raises(FedpressError, match="lacks the column 'job' .*did you mean 'jobs'"):
+    with pytest.raises(FedpressError, match=r"lacks the column 'job' .*did you mean 'jobs'"):
         fedpress.predict(run, tmp_path / "new.csv")
     (tmp_path / "empty.csv").write_text("age,job,insured\n")
     with pytest.raises(FedpressError, match="there are no rows"):
