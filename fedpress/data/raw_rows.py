@@ -95,8 +95,10 @@ def _refuse_missing(missing: list[str], there: Sequence[str], where: str) -> Non
 
 def _of_file(path: Path, about: Preparation) -> tuple[dict[str, list[Any]], Callable[[int], str]]:
     """Returns the columns of a file, and a function that says where a row is."""
-    if path.suffix == ".parquet":
-        table = tables.read_parquet(path)
+    source = TABLES[path.suffix]
+    if source != "csv":
+        settings = DataSettings.model_validate({"source": source, "path": path})
+        table = tables.READERS_OF_FILES[source](path, settings)
         return _columns(table), lambda row: f"row {row + 1} of '{path}'"
     settings = DataSettings.model_validate(
         {
