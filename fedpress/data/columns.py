@@ -53,7 +53,8 @@ class Column:
         column = table[name]
         if types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        return cls(name, column, settings.source == "csv", settings.decimal)
+        text = settings.source == "csv" and is_word(column.type)
+        return cls(name, column, text, settings.decimal)
 
     def typed(self, rows: np.ndarray | None = None) -> Any:
         """Converts the text of all rows to the type of the text in `rows`; other text becomes null.

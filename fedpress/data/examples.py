@@ -76,6 +76,8 @@ class SourceRows:
         kind: kind of the targets: "classes", "flags" (0 or 1 for each name) or "numbers".
         is_test: bool [n]: whether a row of `train` belongs to the source's own test set. Such a
             row is only used for testing. None: the source has no test set, or `test` holds it.
+        spans: int64 [n, 3]: series, first and last + 1 of the readings that an example holds, if
+            examples are windows over series (`Windows.spans`). Such examples are split by time.
     """
 
     name: str
@@ -88,3 +90,4 @@ class SourceRows:
     inputs: Callable[[Tensor], InputRows] | None = None
     kind: Targets = "classes"
     is_test: Tensor | None = None
+    spans: Tensor | None = None

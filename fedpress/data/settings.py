@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValu
 
 from fedpress import tasks
 from fedpress.data.partition import Partition
+from fedpress.data.series_settings import SeriesSettings
 from fedpress.errors import Argument, FedpressError, SettingError, suggestion
 
 BUILT_IN = ("digits", "cifar10", "csv", "parquet", "arrow", "sql", "huggingface", "folders")
@@ -241,6 +242,11 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         "adds a class or an input; by default unknown classes are left out and unknown words "
         "are zeros",
     )
+    series: SeriesSettings | None = Field(
+        None,
+        description="rows of a table that follow each other in time: windows, forecasts, lags, "
+        "calendar",
+    )
     image_size: int | None = Field(
         default=None,
         ge=1,
@@ -329,6 +335,24 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
                 place="query",
                 cure=("give ", Argument("query", "SELECT * FROM NAME")),
             )
+        return self
+
+    @model_validator(mode="after")
+    def _series_fits(self) -> Self:
+        if self.series is None:
+            return self
+        if not self.reads_table:
+            raise SettingError(
+                f"source '{self.source}' is no table", place="series", cure="leave series out"
+            )
+        if self.series.horizon:
+            kind = tasks.kind_of(self.task or "classification")
+            if tasks.find(kind).targets != "numbers":
+                raise SettingError(
+                    f"a forecast predicts numbers, but the task is {kind}",
+                    place="series.horizon",
+                    cure=("set ", Argument("task", "regression")),
+                )
         return self
 
     @model_validator(mode="after")

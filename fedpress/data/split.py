@@ -17,6 +17,7 @@ from fedpress.data.dealing import PartitionSize, Pool
 from fedpress.data.examples import InputRows, SourceRows, TargetRows
 from fedpress.data.partition import Iid, Natural
 from fedpress.data.settings import DataSettings
+from fedpress.data.windows import overlap, split_by_time
 from fedpress.errors import DataError, renaming, suggestion
 from fedpress.tasks import Task
 
@@ -31,6 +32,8 @@ def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> Feder
     partition = settings.partition
     if partition is None:
         partition = Iid() if examples.owners is None else Natural()
+    if examples.spans is not None and not isinstance(partition, Natural):
+        _refuse_shared_readings(examples.spans)
     # Clients that the settings name are taken out with all their rows, before the shares.
     rows = torch.arange(len(examples.train))
     if examples.is_test is not None:
@@ -50,7 +53,7 @@ def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> Feder
     # Without public_share and public_clients, the rows that are dealt to no client are public.
     if settings.public_share is None and not settings.public_clients and partition.rest_is_public:
         public = _without(rows, torch.cat(list(dealt.values())))
-    validation, public = _split_off_validation(public, settings, seed)
+    validation, public = _split_off_validation(examples, public, settings, seed)
     parts = Parts({name: rows[index] for name, index in dealt.items()}, public, validation, test)
     return _assemble(examples, settings, parts)
 
@@ -145,6 +148,10 @@ def _split_off_share(
     Returns:
         The positions of the drawn rows, and of all other rows.
     """
+    if examples.spans is not None:
+        # Neighbouring windows share readings, so they are not drawn at random: the past is public,
+        # and the future is for testing.
+        return split_by_time(examples.spans, rows, share, last=stream == "test")
     owners = torch.zeros_like(rows) if examples.owners is None else examples.owners[rows]
     drawn = [torch.zeros(0, dtype=torch.int64)]
     for owner in owners.unique().tolist():
@@ -160,7 +167,7 @@ def _split_off_share(
 
 
 def _split_off_validation(
-    public: Tensor, settings: DataSettings, seed: int
+    examples: SourceRows, public: Tensor, settings: DataSettings, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Splits the public rows into validation rows and other rows."""
     asked = settings.validation
@@ -174,9 +181,23 @@ def _split_off_validation(
                 "lower validation, or declare more rows public with public_share or public_clients"
             ),
         )
+    if examples.spans is not None:
+        share = count / max(len(public), 1)
+        return split_by_time(examples.spans, public, share, last=True)
     # A random stream of its own, so that draws for other parts do not change the order.
     order = public[public_stream(seed, "data", "validation").permutation(len(public))]
     return order[:count], order[count:]
+
+
+def _refuse_shared_readings(spans: Tensor) -> None:
+    """Refuses to deal windows that share readings to different clients."""
+    if overlap(spans):
+        raise DataError(
+            "windows share rows, so they cannot be dealt to different clients",
+            place="partition",
+            cure="give client_column, or set series.stride to the rows that a window, its lags and "
+            "its horizon take together",
+        )
 
 
 def _without(rows: Tensor, positions: Tensor) -> Tensor:

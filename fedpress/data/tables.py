@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
@@ -21,6 +22,8 @@ from fedpress.data.columns import Column
 from fedpress.data.examples import InputRows, Progress, SourceRows
 from fedpress.data.list_columns import is_list, stacked
 from fedpress.data.raw_table import RawTable, refuse_equal_names
+from fedpress.data.series import Forecasts, LabelsOfWindows, window_inputs, with_windows
+from fedpress.data.series_settings import SeriesSettings
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import READERS, targets_of
 from fedpress.errors import DataError, suggestion
@@ -39,6 +42,8 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
     raw = TABLES[settings.source](settings)
     refuse_equal_names(raw.values.column_names, raw.where)
     names = _feature_names(raw, settings)
+    if settings.series is not None:
+        return _read_series(raw, names, settings)
     # Incomplete rows are dropped before the split, so that shares refer to rows that are used.
     if settings.missing == "drop":
         used = [*names, *settings.label_columns]
@@ -52,11 +57,7 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
     labels = tuple(Column.of(table, name, settings) for name in settings.label_columns)
     targets = READERS[kind](labels, settings)
     y = targets.partition_labels()
-    owners: Tensor | None = None
-    owner_names: tuple[str, ...] = ()
-    if settings.client_column:
-        column = Column.of(table, settings.client_column, settings).typed()
-        owners, owner_names = columns.class_codes(column, settings.client_column, "client")
+    owners, owner_names = _owners(table, settings)
     # The inputs are computed after the split; until then `x` holds row numbers.
     rows = Arrays(torch.arange(len(y))[:, None], y)
     found = SourceRows(
@@ -69,6 +70,68 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
         is_test=raw.is_test,
     )
     return replace(found, inputs=_inputs(raw, names, settings, progress))
+
+
+def _owners(table: Any, settings: DataSettings) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Returns the natural client of each row int64 [n], and the clients' names."""
+    if not settings.client_column:
+        return None, ()
+    column = Column.of(table, settings.client_column, settings).typed()
+    return columns.class_codes(column, settings.client_column, "client")
+
+
+def _read_series(raw: RawTable, names: list[str], settings: DataSettings) -> SourceRows:
+    """Returns the windows of a table whose rows follow each other in time."""
+    ask = settings.series
+    assert ask is not None, "checked by the caller"
+    usable = np.ones(raw.values.num_rows, dtype=bool)
+    if settings.missing == "drop":
+        # A row without a place in a series is left out; one with a gap ends its series.
+        placed = [*ask.by, *ask.order_columns, *filter(None, (settings.client_column,))]
+        raw = raw.filtered(_complete(raw.values, placed))
+        mask = _complete(raw.values, [*names, *settings.label_columns])
+        usable = mask.to_numpy(zero_copy_only=False)
+    elif settings.missing == "error":
+        _refuse_gaps(raw.values, names)
+    if not raw.values.num_rows:
+        raise DataError("there are no rows", place=raw.where, cure="check the path and missing")
+    raw, added, windows = with_windows(raw, usable, settings)
+    table = raw.values
+    kind = targets_of(settings)
+    labels = tuple(Column.of(table, name, settings) for name in settings.label_columns)
+    targets: Forecasts | LabelsOfWindows
+    if ask.horizon:
+        targets = Forecasts(labels, windows, ask)
+    else:
+        targets = LabelsOfWindows(READERS[kind](labels, settings), windows, ask)
+    y = targets.partition_labels()
+    owners, owner_names = _owners(table, settings)
+    if owners is not None:
+        owners = owners[windows.rows[:, 0]]
+        _refuse_short_clients(owners, owner_names, ask)
+    read = tuple(Column.of(table, name, settings) for name in [*names, *added])
+    inputs = window_inputs(features.FeatureColumns(read, settings).inputs, windows)
+    return SourceRows(
+        raw.name,
+        Arrays(torch.arange(len(y))[:, None], y),
+        owners=owners,
+        owner_names=owner_names,
+        targets=targets.targets,
+        inputs=inputs,
+        kind=kind,
+        spans=windows.spans,
+    )
+
+
+def _refuse_short_clients(owners: Tensor, names: Sequence[str], ask: SeriesSettings) -> None:
+    counts = owners.bincount(minlength=len(names)).tolist()
+    for name, count in zip(names, counts, strict=True):
+        if not count:
+            raise DataError(
+                f"no series of client '{name}' has {ask.reach} rows without a gap",
+                place="series.window",
+                cure="lower it, or leave this client out of the table",
+            )
 
 
 def _inputs(
@@ -182,7 +245,6 @@ def _concatenate(tables: list[Any], files: list[Path]) -> Any:
         ) from error
 
 
-# Keys of `[data]` that name columns.
 COLUMN_KEYS = (
     "label_column",
     "client_column",
@@ -191,12 +253,16 @@ COLUMN_KEYS = (
     "words",
     "public_words",
 )
+"""Keys of `[data]` that name columns."""
 
 
 def _check_columns(table: Any, settings: DataSettings, where: str) -> None:
     """Checks that the table has every column that the settings name."""
-    for key in COLUMN_KEYS:
-        given = getattr(settings, key) or ()
+    asked = {key: getattr(settings, key) or () for key in COLUMN_KEYS}
+    if settings.series is not None:
+        asked["series.by"] = settings.series.by
+        asked["series.order_column"] = settings.series.order_columns
+    for key, given in asked.items():
         names = [given] if isinstance(given, str) else given
         missing = [name for name in names if name not in table.column_names]
         if not missing:
@@ -232,6 +298,13 @@ def similar_columns(missing: Sequence[str], there: Sequence[str]) -> str:
 def _feature_names(raw: RawTable, settings: DataSettings) -> list[str]:
     _check_columns(raw.values, settings, raw.where)
     left_out = {*settings.label_columns, settings.client_column, *settings.drop_columns}
+    if settings.series is not None:
+        # A forecast may use the values of the label until now.
+        if settings.series.horizon:
+            left_out -= {*settings.label_columns}
+        # Columns that only name or sort a series are inputs if feature_columns says so.
+        if settings.feature_columns is None:
+            left_out |= {*settings.series.by, *settings.series.order_columns}
     candidates = settings.feature_columns or raw.values.column_names
     names = [name for name in candidates if name not in left_out]
     if not names:

@@ -56,7 +56,7 @@ class NumberColumns:
         """
         for column in self.columns:
             refuse_missing(column.values, f"label column '{column.name}'")
-        return partition_labels_of_numbers(torch.from_numpy(_as_numbers(self.columns[0]).copy()))
+        return partition_labels_of_numbers(torch.from_numpy(as_numbers(self.columns[0]).copy()))
 
     def targets(self, public: Tensor) -> TargetRows:
         """Returns float32 [n], or [n, k] for several columns.
@@ -64,7 +64,7 @@ class NumberColumns:
         Raises:
             DataError: if a public row lacks a finite number, or every row lacks one.
         """
-        y = torch.from_numpy(np.stack([_as_numbers(column) for column in self.columns], 1))
+        y = torch.from_numpy(np.stack([as_numbers(column) for column in self.columns], 1))
         known = y.isfinite().all(1)
         for at, column in enumerate(self.columns):
             # An error may describe public rows. Private rows without a number are silently dropped.
@@ -100,7 +100,7 @@ class FlagColumns:
         """
         for column in self.columns:
             refuse_missing(column.values, f"label column '{column.name}'")
-        flags = np.stack([_as_numbers(column) for column in self.columns], 1)
+        flags = np.stack([as_numbers(column) for column in self.columns], 1)
         return partition_labels_of_flags(torch.from_numpy(flags))
 
     def targets(self, public: Tensor) -> TargetRows:
@@ -109,7 +109,7 @@ class FlagColumns:
         Raises:
             DataError: if a public row holds another value.
         """
-        y = torch.from_numpy(np.stack([_as_numbers(column) for column in self.columns], 1))
+        y = torch.from_numpy(np.stack([as_numbers(column) for column in self.columns], 1))
         # A missing label is NaN, which equals neither 0 nor 1, so its row is dropped.
         fits = (y == 0) | (y == 1)
         for at, column in enumerate(self.columns):
@@ -122,7 +122,7 @@ class FlagColumns:
         return TargetRows(y, tuple(column.name for column in self.columns), fits.all(1))
 
 
-def _as_numbers(column: Column) -> np.ndarray:
+def as_numbers(column: Column) -> np.ndarray:
     """Returns float32 [n], with NaN for cells that are not numbers."""
     values: Any = column.values
     if column.text:

@@ -51,6 +51,7 @@ def test_the_table_as_csv_is_checked_run_and_read_back(shell, capsys):
         ("Arrow and Feather files", "pumps", 0.85),
         ("A database", "loans", 0.8),
         ("Hugging Face data sets", "moods", 0.85),
+        ("Windows over a series", "steps", 0.85),
         ("Image folders", "photos", 0.9),
         ("A Python function", "sensors", 0.85),
     ],
@@ -60,6 +61,12 @@ def test_the_other_sources_are_run(heading, run, least, shell):
 
     pages.do(section(heading), shell)
     assert Run(Path("runs") / run).result["final"]["accuracy"] > least
+
+
+def test_the_table_of_a_forecast_is_a_table_of_data():
+    block = section("Windows over a series")[-1]
+    settings = DataSettings.model_validate(tomllib.loads(block.body)["data"])
+    assert settings.series.horizon == (1, 24)
 
 
 @pytest.mark.recipe

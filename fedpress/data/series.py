@@ -1,0 +1,176 @@
+"""Turns a table whose rows follow each other in time into windows with labels or forecasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from fedpress.data import columns
+from fedpress.data.columns import Column
+from fedpress.data.examples import InputRows, TargetRows
+from fedpress.data.partition_labels import partition_labels_of_numbers
+from fedpress.data.raw_table import RawTable
+from fedpress.data.series_order import calendar_columns, row_order
+from fedpress.data.series_settings import SeriesSettings
+from fedpress.data.settings import DataSettings
+from fedpress.data.targets import TargetReader, as_numbers
+from fedpress.data.windows import Windows, find_windows
+from fedpress.errors import DataError
+
+
+def with_windows(
+    raw: RawTable, usable: np.ndarray, settings: DataSettings
+) -> tuple[RawTable, list[str], Windows]:
+    """Finds the windows of a table, and adds its lags and calendar columns.
+
+    Args:
+        raw: the table.
+        usable: bool [n]; a row that is not usable ends a series.
+        settings: the `[data]` table of the recipe, with `series`.
+
+    Returns:
+        The table with further columns, their names, and the windows.
+
+    Raises:
+        DataError: if a row has no date, two rows of a series have the same one, no series is long
+            enough, or the source has a test set of its own.
+    """
+    series = settings.series
+    assert series is not None, "checked by the caller"
+    if raw.is_test is not None:
+        raise DataError(
+            "the source has a test set of its own",
+            place="series",
+            cure='read one split alone, with table = "train"',
+        )
+    read = [Column.of(raw.values, name, settings) for name in series.order_columns]
+    order = row_order(read) if read else None
+    numbers = _series_of_rows(raw, settings)
+    found = find_windows(numbers, None if order is None else order.values, usable, series)
+    added: dict[str, object] = {}
+    if series.calendar:
+        if order is None or order.dates is None:
+            raise DataError(
+                f"order_column {', '.join(series.order_columns)} holds numbers, no dates",
+                place="series.calendar",
+                cure="name a column of dates, or leave calendar out",
+            )
+        for name, values in calendar_columns(order.dates, series.calendar).items():
+            added[name] = pa.chunked_array([pa.array(values)])
+    for at, lag in enumerate(series.lags):
+        for name in settings.label_columns:
+            before = pa.array(found.lagged[:, at].numpy())
+            added[f"{name} lag {lag}"] = Column.of(raw.values, name, settings).values.take(before)
+    table = raw.values
+    for name, column in added.items():
+        table = table.append_column(name, column)
+    return replace(raw, values=table), list(added), found
+
+
+def _series_of_rows(raw: RawTable, settings: DataSettings) -> np.ndarray:
+    """Returns int64 [n]: the number of the series of each row."""
+    assert settings.series is not None, "checked by the caller"
+    names = [*settings.series.by]
+    if settings.client_column and settings.client_column not in names:
+        names.append(settings.client_column)
+    codes = np.zeros((raw.values.num_rows, 1), dtype=np.int64)
+    for name in names:
+        values = Column.of(raw.values, name, settings).values
+        columns.refuse_missing(values, f"column '{name}'")
+        distinct = values.dictionary_encode().combine_chunks()
+        # Numbered by sorted values, so that the order of the file does not matter.
+        rank = np.empty(len(distinct.dictionary), dtype=np.int64)
+        rank[pc.sort_indices(distinct.dictionary).to_numpy()] = np.arange(len(rank))
+        codes = np.column_stack([codes, rank[distinct.indices.to_numpy()]])
+    return np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
+def window_inputs(
+    inputs_of_rows: Callable[[Tensor], InputRows], windows: Windows
+) -> Callable[[Tensor], InputRows]:
+    """Returns the function that computes the inputs of windows from the inputs of rows.
+
+    The inputs are float32 [m, columns, window], or [m, columns] for windows of one row.
+    """
+
+    def inputs(public: Tensor) -> InputRows:
+        # Words and means are taken from the rows of public windows alone.
+        found = inputs_of_rows(windows.rows[public].unique())
+        assert isinstance(found.x, Tensor), "a table has one tensor of inputs"
+        x = found.x[windows.rows].transpose(1, 2)
+        if x.shape[2] == 1:
+            x = x[:, :, 0]
+        # How raw rows become a window is not described by `Preparation`.
+        return InputRows(x.contiguous(), found.left_out[windows.rows].any(1))
+
+    return inputs
+
+
+@dataclass(frozen=True)
+class LabelsOfWindows:
+    """The labels of windows, from the labels of their rows."""
+
+    reader: TargetReader
+    windows: Windows
+    settings: SeriesSettings
+
+    def partition_labels(self) -> Tensor:
+        """Returns int64 [m]: the label of each window's last row, for partitioners."""
+        return self.reader.partition_labels()[self.windows.rows[:, -1]]
+
+    def targets(self, public: Tensor) -> TargetRows:
+        """Returns the targets of all windows; `public` are the positions of the public ones."""
+        rows = self.windows.rows
+        found = self.reader.targets(rows[public].unique())
+        last = rows[:, -1]
+        if self.settings.label == "last" or found.y.is_floating_point():
+            return TargetRows(found.y[last], found.names, found.known[last])
+        y = found.y[rows]
+        # Unknown labels are -1, and have votes of their own.
+        votes = torch.zeros(len(y), len(found.names) + 1, dtype=torch.int64)
+        votes.scatter_add_(1, y + 1, torch.ones_like(y))
+        return TargetRows.of_classes(votes.argmax(1) - 1, found.names)
+
+
+@dataclass(frozen=True)
+class Forecasts:
+    """The targets of forecasts: numbers of later rows."""
+
+    columns: tuple[Column, ...]
+    windows: Windows
+    settings: SeriesSettings
+
+    def _values(self) -> Tensor:
+        """Returns float32 [m, columns x horizons], with NaN where a number is missing."""
+        values = np.stack([as_numbers(column) for column in self.columns], 1)
+        later: Tensor = torch.from_numpy(values)[self.windows.targets]
+        return later.transpose(1, 2).flatten(1)
+
+    def partition_labels(self) -> Tensor:
+        """Returns int64 [m]: the decile of the first target, for partitioners."""
+        return partition_labels_of_numbers(self._values().nan_to_num())
+
+    def targets(self, public: Tensor) -> TargetRows:
+        """Returns float32 [m], or [m, k] for several targets.
+
+        Raises:
+            DataError: if no public window has all its targets.
+        """
+        y = self._values()
+        known = y.isfinite().all(1)
+        if not bool(known.any()) or (len(public) and not bool(known[public].any())):
+            raise DataError(
+                "no public window has a number in all the rows of its horizon",
+                place=f"label column '{self.columns[0].name}'",
+                cure="name a column of numbers, or lower series.horizon",
+            )
+        names = [
+            f"{column.name} +{ahead}" for column in self.columns for ahead in self.settings.horizon
+        ]
+        return TargetRows(y[:, 0] if len(names) == 1 else y, tuple(names), known)

@@ -1,0 +1,162 @@
+"""Reads the order of the rows of a series: numbers, dates, or columns of years, months, days."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import types
+
+from fedpress.data.columns import Column, is_number, is_word
+from fedpress.errors import DataError
+
+PLACE = "series.order_column"
+MICROSECONDS = 1_000_000
+# Least and greatest value of each part of a date; the days of a month are checked on their own.
+RANGES = {
+    "year": (1, 9999),
+    "month": (1, 12),
+    "day": (1, 31),
+    "hour": (0, 23),
+    "minute": (0, 59),
+    "second": (0, 59),
+}
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """Where each row stands in time.
+
+    Attributes:
+        values: numbers [n], in seconds for dates.
+        dates: `datetime64[us]` [n], in local time; None if the column holds numbers.
+    """
+
+    values: np.ndarray
+    dates: np.ndarray | None = None
+
+
+def row_order(columns: list[Column]) -> RowOrder:
+    """Reads one column of numbers or dates, or the columns year, month, day, ...
+
+    Raises:
+        DataError: if a row has no value, or no date.
+    """
+    if len(columns) > 1:
+        return _of_dates(_assembled(columns))
+    (column,) = columns
+    values = column.values
+    _refuse_missing(values, column.name)
+    if is_number(values.type):
+        return RowOrder(values.cast(pa.float64()).to_numpy(zero_copy_only=False))
+    if is_word(values.type):
+        text = Column(column.name, values.cast(pa.string()), text=True, decimal=column.decimal)
+        numbers = text.cast(pa.float64())
+        if not numbers.null_count:
+            return RowOrder(numbers.to_numpy(zero_copy_only=False))
+        values = _dates_of_text(text)
+    if types.is_timestamp(values.type) and values.type.tz is not None:
+        # Hours and weekdays are those of the place.
+        values = pc.local_timestamp(values)
+    if not (types.is_timestamp(values.type) or types.is_date(values.type)):
+        raise DataError(
+            f"column '{column.name}' holds {values.type}",
+            place=PLACE,
+            cure="name a column of dates or numbers",
+        )
+    return _of_dates(values.cast(pa.timestamp("us")).to_numpy())
+
+
+def _of_dates(dates: np.ndarray) -> RowOrder:
+    dates = dates.astype("datetime64[us]")
+    return RowOrder(dates.astype(np.int64) / MICROSECONDS, dates)
+
+
+def _refuse_missing(values: Any, name: str) -> None:
+    gaps = pc.is_null(values, nan_is_null=bool(types.is_floating(values.type)))
+    if pc.any(gaps).as_py():
+        raise DataError(
+            f"row {pc.index(gaps, True).as_py()} of column '{name}' has no value",
+            place=PLACE,
+            cure="fill it, or leave the row out of the file",
+        )
+
+
+def _dates_of_text(text: Column) -> Any:
+    dates = text.cast(pa.timestamp("us"))
+    if dates.null_count:
+        # Dates with an offset from UTC, such as 2024-05-01T12:00:00+02:00, need a type of their
+        # own.
+        with_zone = text.cast(pa.timestamp("us", "UTC"))
+        dates = with_zone if with_zone.null_count < dates.null_count else dates
+    if dates.null_count:
+        raise DataError(
+            f"row {pc.index(dates.is_null(), True).as_py()} of column '{text.name}' is no date",
+            place=PLACE,
+            cure="write dates as 2024-05-01 or 2024-05-01 12:30:00",
+        )
+    return dates
+
+
+def _assembled(columns: list[Column]) -> np.ndarray:
+    """Returns the dates `datetime64[s]` of columns of years, months, days, ..."""
+    parts = {name: np.full(len(columns[0].values), RANGES[name][0]) for name in RANGES}
+    for column in columns:
+        typed = column.cast(pa.float64()) if column.text else column.values
+        if not is_number(typed.type):
+            raise DataError(
+                f"column '{column.name}' holds {typed.type}",
+                place=PLACE,
+                cure="expected whole numbers",
+            )
+        numbers = typed.cast(pa.float64()).fill_null(np.nan).to_numpy(zero_copy_only=False)
+        low, high = RANGES[column.name]
+        # NaN, for a missing number, fails this comparison too.
+        wrong = ~((numbers >= low) & (numbers <= high) & (numbers == np.floor(numbers)))
+        if wrong.any():
+            raise _no_date(int(wrong.argmax()), column.name)
+        parts[column.name] = numbers.astype(np.int64)
+    months = (parts["year"] - 1970).astype("datetime64[Y]").astype("datetime64[M]")
+    months = months + (parts["month"] - 1)
+    days = months.astype("datetime64[D]") + (parts["day"] - 1)
+    wrong = days.astype("datetime64[M]") != months
+    if wrong.any():
+        raise _no_date(int(wrong.argmax()), "day")
+    seconds = (parts["hour"] * 60 + parts["minute"]) * 60 + parts["second"]
+    dates: np.ndarray = days.astype("datetime64[s]") + seconds
+    return dates
+
+
+def _no_date(row: int, name: str) -> DataError:
+    return DataError(
+        f"row {row} is no date, by its column '{name}'",
+        place=PLACE,
+        cure="correct it, or leave the row out of the file",
+    )
+
+
+def calendar_columns(dates: np.ndarray, parts: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Returns sine and cosine of parts of dates, float64 [n] each.
+
+    A part is a place on a circle: 23:30 is as near to 0:30 as 0:30 is to 1:30.
+
+    Args:
+        dates: `datetime64` [n].
+        parts: "hour" (with its minutes), "weekday" and "month".
+    """
+    days = dates.astype("datetime64[D]")
+    seconds = (dates.astype("datetime64[s]") - days).astype(np.int64)
+    turns = {
+        "hour": seconds / 86_400,
+        # 1970-01-01, day 0, was a Thursday.
+        "weekday": ((days.astype(np.int64) + 3) % 7) / 7,
+        "month": (days.astype("datetime64[M]").astype(np.int64) % 12) / 12,
+    }
+    found = {}
+    for part in parts:
+        found[f"{part} sin"] = np.sin(2 * np.pi * turns[part])
+        found[f"{part} cos"] = np.cos(2 * np.pi * turns[part])
+    return found
