@@ -23,6 +23,7 @@ from fedpress.data.partition_labels import (
     partition_labels_of_numbers,
 )
 from fedpress.data.settings import DataSettings
+from fedpress.data.torch_datasets import as_pair, is_dataset
 from fedpress.errors import DataError, FedpressError, ModelError
 from fedpress.tasks.classification import IGNORED
 
@@ -31,7 +32,8 @@ def call_function(settings: DataSettings, seed: int) -> FederatedData | SourceRo
     """Calls the user's function (with `path` and `seed` if it takes them) and checks its result.
 
     The function may return a `FederatedData`, which is used unchanged. Or it returns a dictionary
-    from client name to a pair (x, y), whose rows are then split as the settings say:
+    from client name to a pair (x, y) or a torch Dataset of such pairs, whose rows are then split as
+    the settings say. A Dataset alone has rows without clients. Of a pair:
 
     - x is uint8 images [n, C, H, W], or numbers [n, ...], or a dictionary of such arrays by the
       names of forward's arguments. Numbers become float32, but in a dictionary integers (token
@@ -62,13 +64,16 @@ def call_function(settings: DataSettings, seed: int) -> FederatedData | SourceRo
         ) from error
     if isinstance(found, FederatedData):
         return found
+    if is_dataset(found):
+        rows = rows_of_clients(settings, {"": found}, where)
+        return replace(rows, owners=None, owner_names=())
     if not isinstance(found, Mapping) or not found:
         raise DataError(
             f"returned {type(found).__name__}",
             place=where,
-            cure="expected FederatedData or a dict client -> (x, y)",
+            cure="expected FederatedData, a dict client -> (x, y), or a torch Dataset",
         )
-    return _examples(settings, {str(name): pair for name, pair in found.items()}, where)
+    return rows_of_clients(settings, {str(name): pair for name, pair in found.items()}, where)
 
 
 def _find(source: str, where: str) -> Callable[..., Any]:
@@ -85,8 +90,21 @@ def _find(source: str, where: str) -> Callable[..., Any]:
     return function
 
 
-def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> SourceRows:
-    clients = {name: _client(pair, f"{where}: client '{name}'") for name, pair in pairs.items()}
+def rows_of_clients(settings: DataSettings, pairs: dict[str, Any], where: str) -> SourceRows:
+    """Returns the rows of clients whose data are in memory.
+
+    Args:
+        settings: the `[data]` table of the recipe.
+        pairs: name of each client -> its pair (x, y) or torch Dataset; a single name "" means that
+            the data names no clients.
+        where: name of the data in errors.
+
+    Raises:
+        DataError: if the data of a client has another form, or clients' shapes differ.
+    """
+    clients = {}
+    for name, pair in pairs.items():
+        clients[name] = _client(pair, f"{where}: client '{name}'" if name else where)
     x, labels = _concatenate(clients, where)
     # The client of every row is stored, so that `partition = "natural"` can assign the row to the
     # same client.
@@ -258,6 +276,8 @@ def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
 
 def _arrays(pair: Any, where: str) -> tuple[Any, np.ndarray]:
     """Returns the inputs, as a tensor or a dictionary of tensors, and the targets."""
+    if is_dataset(pair):
+        pair = as_pair(pair, where)
     try:
         if isinstance(pair, Arrays):
             pair = pair.x, pair.y

@@ -13,11 +13,21 @@ from fedpress.data.partition import Partition
 from fedpress.data.series_settings import SeriesSettings
 from fedpress.errors import Argument, FedpressError, SettingError, suggestion
 
-BUILT_IN = ("digits", "cifar10", "csv", "parquet", "arrow", "sql", "huggingface", "folders")
+BUILT_IN = (
+    "digits",
+    "cifar10",
+    "csv",
+    "parquet",
+    "arrow",
+    "sql",
+    "huggingface",
+    "numpy",
+    "folders",
+)
 """Names of the sources that need no function of the user."""
 TABLE_SOURCES = ("csv", "parquet", "arrow", "sql", "huggingface")
 """Sources that are tables with named columns."""
-NEED_PATH = ("csv", "parquet", "arrow", "huggingface", "folders")
+NEED_PATH = ("csv", "parquet", "arrow", "huggingface", "numpy", "folders")
 """Sources that read the file or folder `path`."""
 SQLITE = "sqlite:///"
 """Beginning of the address of an SQLite file; the rest is a path."""
@@ -113,7 +123,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     """
 
     source: Annotated[str, BeforeValidator(_known_source)] = Field(
-        description="digits, cifar10, csv, parquet, arrow, sql, huggingface, folders "
+        description="digits, cifar10, csv, parquet, arrow, sql, huggingface, numpy, folders "
         "(client/label/image), or package.module:function"
     )
     path: Annotated[Path, AfterValidator(_with_home)] | None = Field(
@@ -175,7 +185,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
     client_column: str | None = Field(
         None,
-        description="the column that names the natural client of a row of a table; with "
+        description="the column that names the natural client of a row of a table or array; with "
         "'file', each of several files is a client",
     )
     label_column: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(

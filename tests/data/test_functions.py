@@ -66,7 +66,7 @@ X = np.zeros((4, 2))
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (None, "returned NoneType; expected FederatedData or a dict"),
+        (None, "returned NoneType; expected FederatedData, a dict"),
         ({}, "returned dict; expected"),
         ({"a": (X, [0, 1])}, "client 'a': 4 examples in x but 2 targets in y; give"),
         ({"a": (X[:0], [])}, "client 'a': no examples"),

@@ -51,6 +51,7 @@ def test_the_table_as_csv_is_checked_run_and_read_back(shell, capsys):
         ("Arrow and Feather files", "pumps", 0.85),
         ("A database", "loans", 0.8),
         ("Hugging Face data sets", "moods", 0.85),
+        ("NumPy arrays", "waves", 0.8),
         ("Windows over a series", "steps", 0.85),
         ("Image folders", "photos", 0.9),
         ("A Python function", "sensors", 0.85),
