@@ -1,0 +1,141 @@
+"""What a federation is worth in a field: local, pooled, federated, private, compressed.
+
+    python benchmarks/fields.py examples/medicine/heart.toml --data DIR --seeds 0 1 2
+
+The recipe is an example's: a federate stage with privacy, then stages that make the model smaller.
+For each seed, which also splits the rows anew, all arms start with the same weights and are measured
+on the same test rows:
+
+- local: each client trains alone, for as many epochs as in the federation; the mean over clients;
+- pooled: all rows of the clients in one place, which nobody may do;
+- federated: the recipe's federate stage without privacy;
+- private: the federate stage as it is;
+- small: the whole recipe.
+
+The table has the mean and the standard deviation over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fedpress
+from fedpress.core.examples import Arrays
+from fedpress.data.dataset import FederatedData
+from fedpress.data.load import load
+from fedpress.data.settings import DataSettings
+
+Stages = list[dict[str, Any]]
+
+
+def arms(stages: Stages, data: FederatedData) -> Iterator[tuple[str, Stages, FederatedData]]:
+    """Yields name, stages and data of each run; "local" comes once for each client."""
+    at = next(i for i, stage in enumerate(stages) if stage["kind"] == "federate")
+    federate = stages[at]
+    alone = {
+        "kind": "train",
+        "epochs": federate["num_rounds"] * federate.get("epochs", 1),
+        "optimizer": federate.get("optimizer", "sgd"),
+        **{key: federate[key] for key in ("batch_size", "lr") if key in federate},
+    }
+    open_ = {key: value for key, value in federate.items() if key != "privacy"}
+    for arrays in data.clients.values():
+        yield "local", [alone], replace(data, public=arrays)
+    pooled = Arrays(
+        torch.cat([each.x for each in data.clients.values()]),
+        torch.cat([each.y for each in data.clients.values()]),
+    )
+    yield "pooled", [alone], replace(data, public=pooled)
+    yield "federated", [*stages[:at], open_], data
+    yield "private", stages, data
+
+
+def results(recipe: Mapping[str, Any], data: FederatedData, stages: Stages) -> list[dict[str, Any]]:
+    """Returns the results of all stages, which begin with the weights of the recipe's seed."""
+    architecture = str(recipe["model"]["architecture"])
+    code = architecture if ":" in architecture else ()
+    with tempfile.TemporaryDirectory() as folder:
+        whole = {**recipe, "stage": stages}
+        run = fedpress.run(whole, data=data, out=f"{folder}/run", allow_code=code, progress=False)
+        return [dict(line) for line in run.result["stages"]]
+
+
+def measured(recipe: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
+    """Yields a row for each arm: its name, and what the network is worth on the test rows."""
+    recipe = {**recipe, "seed": seed}
+    data = load(DataSettings(**recipe["data"]), seed)
+    for arm, stages, given in arms(recipe["stage"], data):
+        begun = time.perf_counter()
+        lines = results(recipe, given, stages)
+        took = round(time.perf_counter() - begun, 1)
+        named = {arm: lines[-1]}
+        if arm == "private":
+            at = next(i for i, line in enumerate(lines) if line["kind"] == "federate")
+            named = {"private": lines[at], "small": lines[-1]}
+        for name, line in named.items():
+            yield {"arm": name, "seed": seed, "seconds": took, **line}
+
+
+def table(rows: list[dict[str, Any]], metrics: list[str]) -> str:
+    """Returns mean and standard deviation over the seeds, of each arm and metric."""
+    lines = ["| arm | " + " | ".join(metrics) + " |", "| --- |" + " --- |" * len(metrics)]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        cells = []
+        for metric in metrics:
+            of_seed: dict[int, list[float]] = {}
+            for row in rows:
+                if row["arm"] == arm and row.get(metric) is not None:
+                    of_seed.setdefault(row["seed"], []).append(row[metric])
+            means = [statistics.fmean(values) for values in of_seed.values()]
+            spread = f" ± {statistics.stdev(means):.3f}" if len(means) > 1 else ""
+            cells.append(f"{statistics.fmean(means):.3f}{spread}" if means else "–")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures all arms of a recipe."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--metrics", nargs="+", default=["accuracy", "balanced_accuracy", "auc"])
+    parser.add_argument("--log", type=Path, help="append each result to this file")
+    given = parser.parse_args()
+    sys.path.insert(0, str(given.recipe.parent))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(given.recipe.parent), os.environ.get("PYTHONPATH", "")]
+    )
+    recipe = tomllib.loads(given.recipe.read_text("utf-8"))
+    recipe["data"]["path"] = str(given.data)
+    rows = []
+    for seed in given.seeds:
+        for row in measured(recipe, seed):
+            rows.append(row)
+            print(
+                {key: row.get(key) for key in ("arm", "seed", "seconds", *given.metrics)},
+                flush=True,
+            )
+            if given.log is not None:
+                with open(given.log, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row, default=str) + "\n")
+    print(table(rows, given.metrics))
+
+
+if __name__ == "__main__":
+    main()
