@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def people(path: Path | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]
     same &= recording[1:] == recording[:-1]
     edges = [0, *(np.flatnonzero(~same) + 1), len(person)]
     found: dict[str, tuple[list[np.ndarray], list[str]]] = {}
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         windows, labels = found.setdefault(str(person[begin]), ([], []))
         for at in range(begin, end - WINDOW + 1, STRIDE):
             names, counts = np.unique(label[at : at + WINDOW], return_counts=True)

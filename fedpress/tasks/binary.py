@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import JsonValue
 from torch import Tensor
 
-from fedpress.errors import DataError
+from fedpress.errors import DataError, RecipeError
 from fedpress.tasks import ranking, weights
 from fedpress.tasks.base import Metric, Reduction, Sums, Task, json_number, reduced
 from fedpress.tasks.classification import CALIBRATION_MEANING, Classification
@@ -24,11 +24,14 @@ class Binary(Task):
     Attributes:
         names: names of class 0 and class 1.
         threshold: class 1 is predicted if its probability is at least this.
+        specificity: share of class 0 that is recognised where `sensitivity` is measured; the
+            threshold for that follows from the examples on which it is measured.
         class_weights: factors on the loss for class 0 and class 1; empty if both are 1.
     """
 
     names: tuple[str, ...]
     threshold: float = 0.5
+    specificity: float = 0.9
     class_weights: tuple[float, ...] = ()
 
     weighs_classes = True
@@ -43,6 +46,12 @@ class Binary(Task):
         Metric("accuracy", "accuracy", share=True),
         Metric("balanced_accuracy", "balanced accuracy", share=True),
         Metric("f1", "F1"),
+        Metric(
+            "sensitivity",
+            "sensitivity",
+            share=True,
+            meaning="share of class 1 that is found at the fixed specificity, by default 90%",
+        ),
         Metric("calibration_error", "calibration error", "lower", meaning=CALIBRATION_MEANING),
         Metric("loss", "log loss", "lower"),
     )
@@ -54,6 +63,12 @@ class Binary(Task):
                 f"the data has {len(self.names)} classes",
                 place="task 'binary'",
                 cure="use task = 'classification'",
+            )
+        if not 0 <= self.specificity <= 1:
+            raise RecipeError(
+                f"specificity is {self.specificity}",
+                place="task 'binary'",
+                cure="give a share from 0 to 1",
             )
 
     @property
@@ -121,6 +136,8 @@ class Binary(Task):
         """Computes the metrics and further values of `Classification` except `macro_f1`, and these.
 
         - `f1`: F1 of class 1.
+        - `sensitivity`: share of class 1 that is found where the share `specificity` of class 0 is
+          recognised.
         - `auc_error`: standard error of the AUC.
         """
         found = Classification(self.names).summary(sums)
@@ -132,11 +149,15 @@ class Binary(Task):
         error = None
         if isinstance(auc, float):
             error = ranking.auc_standard_error(auc, int(sums["labels"][1]), int(sums["labels"][0]))
-        return {"auc": auc, **found, "f1": f1, "auc_error": error}
+        at_fixed = None
+        if auc is not None:
+            at_fixed = json_number(ranking.sensitivity(sums["scores"], self.specificity)[0])
+        return {"auc": auc, **found, "f1": f1, "sensitivity": at_fixed, "auc_error": error}
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Returns the names and the threshold."""
-        return {**super().to_json(), "threshold": self.threshold}
+        """Returns the names, the threshold and the specificity."""
+        options = {"threshold": self.threshold, "specificity": self.specificity}
+        return {**super().to_json(), **options}
 
     def check_targets(self, targets: Tensor) -> None:
         """Checks that targets are 0 or 1, int64 [n]."""

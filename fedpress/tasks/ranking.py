@@ -56,6 +56,25 @@ def aucs(counts: Tensor) -> Tensor:
     return area
 
 
+def sensitivity(counts: Tensor, specificity: float) -> Tensor:
+    """Returns the sensitivity of each class [k] from `score_counts`, at a fixed specificity.
+
+    It is the share of positive examples with a score above the lowest threshold that at least the
+    share `specificity` of the negative examples does not exceed. Thresholds lie between bins. It is
+    NaN if there are no positive or no negative examples.
+    """
+    negative, positive = counts.double()
+    spared = negative.cumsum(1) / negative.sum(1, keepdim=True)
+    found = 1 - positive.cumsum(1) / positive.sum(1, keepdim=True)
+    # Sums of counts are exact, but their quotient may be one rounding error too small.
+    enough = spared >= specificity - 1e-12
+    # The first bin is the lowest threshold, where most positives are found; the last one always
+    # fits, unless there is no negative example at all.
+    best: Tensor = torch.where(enough, found, 0.0).amax(1)
+    undefined = (negative.sum(1) == 0) | (positive.sum(1) == 0)
+    return torch.where(undefined, torch.nan, best)
+
+
 def auc_standard_error(area: float, positives: int, negatives: int) -> float | None:
     """Returns the standard error of an AUC; None if a class has no example.
 

@@ -9,6 +9,7 @@ from sklearn import metrics as sk
 from torchmetrics import CalibrationError, SpearmanCorrCoef
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 
+from fedpress.errors import RecipeError
 from fedpress.tasks import Binary, Multilabel, Regression, ranking
 from fedpress.tasks.classification import Classification
 from fedpress.tasks.library import library_sums
@@ -49,6 +50,28 @@ def test_those_of_a_binary_task_at_its_threshold():
         assert found["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(y, answers))
         loss = Binary(("no", "yes")).loss(logits, labels)
         assert float(loss) == pytest.approx(sk.log_loss(y, p.numpy()), rel=1e-5)
+
+
+@pytest.mark.parametrize("specificity", [0.0, 0.5, 0.9, 0.99, 1.0])
+def test_the_sensitivity_is_that_of_the_roc_curve(specificity):
+    chance = torch.Generator().manual_seed(4)
+    labels = (torch.rand(3000, generator=chance) < 0.3).long()
+    logits = torch.randn(3000, 1, generator=chance) + 1.5 * labels[:, None] - 1
+    found = measured(Binary(("no", "yes"), specificity=specificity), logits, labels)
+    fpr, tpr, _ = sk.roc_curve(labels.numpy(), logits[:, 0].numpy(), drop_intermediate=False)
+    # Scores in one bin are not told apart, which moves a point of the curve by a few examples.
+    expected = tpr[fpr <= 1 - specificity + 1e-12].max()
+    assert found["sensitivity"] == pytest.approx(expected, abs=4e-3)
+
+
+def test_there_is_no_sensitivity_without_both_classes():
+    for labels in (torch.zeros(5).long(), torch.ones(5).long()):
+        assert measured(Binary(("no", "yes")), torch.randn(5, 1), labels)["sensitivity"] is None
+
+
+def test_a_specificity_is_a_share():
+    with pytest.raises(RecipeError, match=r"specificity is 90.*a share from 0 to 1"):
+        Binary(("no", "yes"), specificity=90)
 
 
 def test_those_of_a_multilabel_task():
