@@ -49,6 +49,7 @@ def arms(stages: Stages, data: FederatedData) -> Iterator[tuple[str, Stages, Fed
         "kind": "train",
         "epochs": federate["num_rounds"] * federate.get("epochs", 1),
         "optimizer": federate.get("optimizer", "sgd"),
+        "momentum": federate.get("momentum", 0.0),
         **{key: federate[key] for key in ("batch_size", "lr") if key in federate},
     }
     open_ = {key: value for key, value in federate.items() if key != "privacy"}
@@ -73,11 +74,13 @@ def results(recipe: Mapping[str, Any], data: FederatedData, stages: Stages) -> l
         return [dict(line) for line in run.result["stages"]]
 
 
-def measured(recipe: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
+def measured(recipe: Mapping[str, Any], seed: int, wanted: list[str]) -> Iterator[dict[str, Any]]:
     """Yields a row for each arm: its name, and what the network is worth on the test rows."""
     recipe = {**recipe, "seed": seed}
     data = load(DataSettings(**recipe["data"]), seed)
     for arm, stages, given in arms(recipe["stage"], data):
+        if arm not in wanted:
+            continue
         begun = time.perf_counter()
         lines = results(recipe, given, stages)
         took = round(time.perf_counter() - begun, 1)
@@ -115,6 +118,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--metrics", nargs="+", default=["accuracy", "balanced_accuracy", "auc"])
+    parser.add_argument("--arms", nargs="+", default=["local", "pooled", "federated", "private"])
     parser.add_argument("--log", type=Path, help="append each result to this file")
     given = parser.parse_args()
     sys.path.insert(0, str(given.recipe.parent))
@@ -125,7 +129,7 @@ def main() -> None:
     recipe["data"]["path"] = str(given.data)
     rows = []
     for seed in given.seeds:
-        for row in measured(recipe, seed):
+        for row in measured(recipe, seed, given.arms):
             rows.append(row)
             print(
                 {key: row.get(key) for key in ("arm", "seed", "seconds", *given.metrics)},

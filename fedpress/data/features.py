@@ -72,7 +72,10 @@ class FeatureColumns:
             raise DataError(
                 "'mean' needs public rows, whose mean it takes",
                 place="missing",
-                cure="give public_share or public_clients, or set missing = 'drop'",
+                cure=(
+                    "declare more rows as public with public_share or public_clients, or set "
+                    "missing = 'drop'"
+                ),
             )
         # A column without any public value has no mean, and is filled with 0.
         fill = torch.nan_to_num(x[public].nanmean(0))

@@ -22,6 +22,7 @@ from fedpress.data.settings import DataSettings
 from fedpress.data.targets import TargetReader, as_numbers
 from fedpress.data.windows import Windows, find_windows
 from fedpress.errors import DataError
+from fedpress.tasks.forecast import NOW
 
 
 def with_windows(
@@ -145,12 +146,18 @@ class Forecasts:
     columns: tuple[Column, ...]
     windows: Windows
     settings: SeriesSettings
+    with_now: bool = False
 
     def _values(self) -> Tensor:
-        """Returns float32 [m, columns x horizons], with NaN where a number is missing."""
-        values = np.stack([as_numbers(column) for column in self.columns], 1)
-        later: Tensor = torch.from_numpy(values)[self.windows.targets]
-        return later.transpose(1, 2).flatten(1)
+        """Returns float32 [m, columns x horizons], with NaN where a number is missing.
+
+        With `with_now` the last value of the window comes before them.
+        """
+        values = torch.from_numpy(np.stack([as_numbers(column) for column in self.columns], 1))
+        later: Tensor = values[self.windows.targets].transpose(1, 2).flatten(1)
+        if not self.with_now:
+            return later
+        return torch.cat([values[self.windows.rows[:, -1]], later], 1)
 
     def partition_labels(self) -> Tensor:
         """Returns int64 [m]: the decile of the first target, for partitioners."""
@@ -173,4 +180,6 @@ class Forecasts:
         names = [
             f"{column.name} +{ahead}" for column in self.columns for ahead in self.settings.horizon
         ]
+        if self.with_now:
+            names.insert(0, NOW)
         return TargetRows(y[:, 0] if len(names) == 1 else y, tuple(names), known)

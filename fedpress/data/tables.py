@@ -15,6 +15,7 @@ import torch
 from pyarrow import types
 from torch import Tensor
 
+from fedpress import tasks
 from fedpress.core.examples import Arrays
 from fedpress.data import columns, csv, features, huggingface, images, sql
 from fedpress.data.arrow import brief, read_arrow
@@ -101,7 +102,9 @@ def _read_series(raw: RawTable, names: list[str], settings: DataSettings) -> Sou
     labels = tuple(Column.of(table, name, settings) for name in settings.label_columns)
     targets: Forecasts | LabelsOfWindows
     if ask.horizon:
-        targets = Forecasts(labels, windows, ask)
+        # The task compares itself with the last value, which the data knows here.
+        is_forecast = tasks.kind_of(settings.task or "regression") == "forecast"
+        targets = Forecasts(labels, windows, ask, with_now=is_forecast and len(labels) == 1)
     else:
         targets = LabelsOfWindows(READERS[kind](labels, settings), windows, ask)
     y = targets.partition_labels()

@@ -1,0 +1,159 @@
+"""The examples of fields run in a quick form, on made files in the layout of the real ones."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+COMMAND = [sys.executable, "-m", "fedpress"]
+
+
+def write_table(path: Path, columns: dict[str, list[object]]) -> None:
+    """Writes a CSV file with a byte order mark, as the real files have it."""
+    with open(path, "w", encoding="utf-8-sig", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(columns)
+        table.writerows(zip(*columns.values(), strict=True))
+
+
+def hospitals(folder: Path) -> None:
+    """Writes four hospitals whose ill patients have more pain, with missing values."""
+    chance = np.random.default_rng(0)
+    for hospital in ("cleveland", "hungarian", "switzerland", "va"):
+        n = 80
+        ill = chance.integers(0, 5, n)
+        columns = {
+            "age": (50 + 3 * ill + chance.integers(-9, 9, n)).tolist(),
+            "sex": chance.integers(0, 2, n).tolist(),
+            "cp": np.where(ill > 0, 4, chance.integers(1, 4, n)).tolist(),
+            "trestbps": chance.integers(110, 160, n).tolist(),
+            "chol": chance.integers(0, 300, n).tolist(),
+            "fbs": chance.integers(0, 2, n).tolist(),
+            "restecg": chance.integers(0, 3, n).tolist(),
+            "thalach": chance.integers(90, 190, n).tolist(),
+            "exang": chance.integers(0, 2, n).tolist(),
+            "oldpeak": chance.random(n).round(1).tolist(),
+            "slope": ["?"] * n,
+            "ca": ["?" if at % 3 else 0 for at in range(n)],
+            "thal": ["?"] * n,
+            "target": ill.tolist(),
+        }
+        write_table(folder / f"processed.{hospital}.data", columns)
+
+
+def banks(folder: Path) -> None:
+    """Writes customers of whom those with delays default."""
+    chance = np.random.default_rng(1)
+    n = 900
+    delay = chance.integers(-2, 4, n)
+    columns: dict[str, list[object]] = {
+        "ID": list(range(n)),
+        "LIMIT_BAL": (10_000 * chance.integers(1, 50, n)).tolist(),
+        "SEX": chance.integers(1, 3, n).tolist(),
+        "EDUCATION": chance.integers(0, 7, n).tolist(),
+        "MARRIAGE": chance.integers(0, 4, n).tolist(),
+        "AGE": chance.integers(21, 70, n).tolist(),
+    }
+    for month in (0, 2, 3, 4, 5, 6):
+        columns[f"PAY_{month}"] = delay.tolist()
+    for kind in ("BILL_AMT", "PAY_AMT"):
+        for month in range(1, 7):
+            columns[f"{kind}{month}"] = chance.integers(-100, 90_000, n).tolist()
+    columns["default.payment.next.month"] = (
+        ((delay > 1) | (chance.random(n) < 0.1)).astype(int).tolist()
+    )
+    write_table(folder / "UCI_Credit_Card.csv", columns)
+
+
+def people(folder: Path) -> None:
+    """Writes recordings in which each activity shakes at a speed of its own."""
+    chance = np.random.default_rng(2)
+    labels = ("SEATED", "SITTING_DOWN", "STANDING_UP", "TURNING", "WALKING")
+    parts = []
+    for number in range(1, 21):
+        for at, label in enumerate(labels):
+            n = 320
+            wave = np.sin(np.arange(n) * (at + 1) / 8)[:, None] * np.ones(6)
+            signal = 5 * wave + chance.normal(size=(n, 6))
+            names = ("x_acc", "y_acc", "z_acc", "x_gyro", "y_gyro", "z_gyro")
+            columns = {name: signal[:, i].astype(np.float32) for i, name in enumerate(names)}
+            about = {"subject": f"s{number:02}", "device": "smartphone", "label": label}
+            columns |= {
+                name: pa.array([text] * n).dictionary_encode() for name, text in about.items()
+            }
+            parts.append(pa.table({**columns, "execution": np.full(n, at)}))
+    parquet.write_table(pa.concat_tables(parts).unify_dictionaries(), folder / "har.parquet")
+
+
+def stations(folder: Path) -> None:
+    """Writes ten months of dust at twelve stations: a daily wave and a slow drift, with gaps."""
+    chance = np.random.default_rng(3)
+    parts = []
+    for number in range(12):
+        n = 24 * 300
+        hour = np.arange(n)
+        dust = 60 + 30 * np.sin(hour * 2 * np.pi / 24 + number) + chance.normal(size=n).cumsum()
+        days = hour // 24
+        parts.append(
+            pa.table(
+                {
+                    "year": np.full(n, 2013),
+                    "month": 1 + days // 28,
+                    "day": 1 + days % 28,
+                    "hour": hour % 24,
+                    "PM2.5": np.where(chance.random(n) < 0.02, np.nan, dust),
+                    **{name: chance.normal(size=n) for name in ("TEMP", "PRES", "DEWP", "WSPM")},
+                    "station": [f"station {number}"] * n,
+                }
+            )
+        )
+    parquet.write_table(pa.concat_tables(parts), folder / "beijing.parquet")
+
+
+FIELDS = {
+    "medicine/heart": (hospitals, ["stage.federate.num_rounds=2"], 4),
+    "finance/credit": (banks, ["stage.federate.num_rounds=2"], 6),
+    "sensors/activity": (people, ["stage.federate.num_rounds=2", "stage.volunteers.epochs=1"], 14),
+    "city/air": (stations, ["stage.federate.num_rounds=2"], 12),
+}
+"""Example -> what makes its data, settings of the quick form, and the number of clients."""
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("field", FIELDS)
+def test_an_example_goes_from_its_files_to_a_file_for_devices(field, tmp_path):
+    make, quick, num_clients = FIELDS[field]
+    file = "beijing.parquet" if field == "city/air" else ""
+    data = tmp_path / "data"
+    data.mkdir()
+    make(data)
+    recipe, out = EXAMPLES / f"{field}.toml", tmp_path / "run"
+    ran = subprocess.run(
+        [*COMMAND, "run", str(recipe), *quick, "--data", str(data / file), "--out", str(out)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads((out / "result.json").read_text("utf-8"))
+    final = found["final"]
+    assert all(np.isfinite(final[key]) for key in ("accuracy", "mae", "skill") if key in final)
+    assert (out / "artifacts" / "model.onnx").stat().st_size < 50_000
+    federated = next(stage for stage in found["stages"] if stage["kind"] == "federate")
+    assert federated["clients"] == num_clients
+    assert federated["epsilon"] <= 8.0
+
+
+def test_every_example_is_tested():
+    recipes = {f"{path.parent.name}/{path.stem}" for path in EXAMPLES.glob("*/*.toml")}
+    assert recipes == set(FIELDS)
