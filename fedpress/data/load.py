@@ -8,7 +8,7 @@ from dataclasses import replace
 from fedpress.core.examples import Arrays, resized
 from fedpress.core.inputs import NamedInputs, is_image
 from fedpress.core.log import logger
-from fedpress.data import cifar10, digits, folders, functions, numpy_files
+from fedpress.data import audio, cifar10, digits, folders, functions, numpy_files
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Progress, SourceRows
 from fedpress.data.settings import DataSettings
@@ -35,6 +35,7 @@ SOURCES: dict[str, Callable[[DataSettings, Progress | None], SourceRows]] = {
     "huggingface": _read_tables,
     "numpy": numpy_files.read_numpy,
     "folders": folders.read_folders,
+    "audio": audio.read_audio,
 }
 """Name of each built-in source -> the function that reads its rows."""
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue, model_validator
 
 from fedpress import tasks
+from fedpress.data.audio_settings import AudioSettings
 from fedpress.data.partition import Partition
 from fedpress.data.series_settings import SeriesSettings
 from fedpress.errors import Argument, FedpressError, SettingError, suggestion
@@ -23,11 +24,12 @@ BUILT_IN = (
     "huggingface",
     "numpy",
     "folders",
+    "audio",
 )
 """Names of the sources that need no function of the user."""
 TABLE_SOURCES = ("csv", "parquet", "arrow", "sql", "huggingface")
 """Sources that are tables with named columns."""
-NEED_PATH = ("csv", "parquet", "arrow", "huggingface", "numpy", "folders")
+NEED_PATH = ("csv", "parquet", "arrow", "huggingface", "numpy", "folders", "audio")
 """Sources that read the file or folder `path`."""
 SQLITE = "sqlite:///"
 """Beginning of the address of an SQLite file; the rest is a path."""
@@ -124,7 +126,8 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
 
     source: Annotated[str, BeforeValidator(_known_source)] = Field(
         description="digits, cifar10, csv, parquet, arrow, sql, huggingface, numpy, folders "
-        "(client/label/image), or package.module:function"
+        "(client/label/image), audio (client/label/sound.wav), or "
+        "package.module:function"
     )
     path: Annotated[Path, AfterValidator(_with_home)] | None = Field(
         None,
@@ -256,6 +259,10 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         None,
         description="rows of a table that follow each other in time: windows, forecasts, lags, "
         "calendar",
+    )
+    audio: AudioSettings = Field(
+        AudioSettings(),
+        description="how a recording becomes a log-mel spectrogram (audio)",
     )
     image_size: int | None = Field(
         default=None,

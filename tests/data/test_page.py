@@ -54,6 +54,7 @@ def test_the_table_as_csv_is_checked_run_and_read_back(shell, capsys):
         ("NumPy arrays", "waves", 0.8),
         ("Windows over a series", "steps", 0.85),
         ("Image folders", "photos", 0.9),
+        ("Sound", "tones", 0.9),
         ("A Python function", "sensors", 0.85),
     ],
 )
