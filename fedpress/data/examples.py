@@ -74,6 +74,7 @@ class SourceRows:
         inputs: maps the positions of the public rows to the inputs of all rows; None: the inputs
             are `train.x`.
         kind: kind of the targets: "classes", "flags" (0 or 1 for each name) or "numbers".
+        default_task: name of the task if the recipe names none; None: it follows from `kind`.
         is_test: bool [n]: whether a row of `train` belongs to the source's own test set. Such a
             row is only used for testing. None: the source has no test set, or `test` holds it.
         spans: int64 [n, 3]: series, first and last + 1 of the readings that an example holds, if
@@ -89,5 +90,6 @@ class SourceRows:
     targets: Callable[[Tensor], TargetRows] | None = None
     inputs: Callable[[Tensor], InputRows] | None = None
     kind: Targets = "classes"
+    default_task: str | None = None
     is_test: Tensor | None = None
     spans: Tensor | None = None

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fedpress.core.examples import Arrays, resized
 from fedpress.core.inputs import NamedInputs, is_image
 from fedpress.core.log import logger
-from fedpress.data import audio, cifar10, digits, folders, functions, numpy_files
+from fedpress.data import audio, cifar10, digits, folders, functions, numpy_files, text
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Progress, SourceRows
 from fedpress.data.settings import DataSettings
@@ -36,6 +36,7 @@ SOURCES: dict[str, Callable[[DataSettings, Progress | None], SourceRows]] = {
     "numpy": numpy_files.read_numpy,
     "folders": folders.read_folders,
     "audio": audio.read_audio,
+    "text": text.read_text,
 }
 """Name of each built-in source -> the function that reads its rows."""
 

@@ -12,6 +12,7 @@ from fedpress import tasks
 from fedpress.data.audio_settings import AudioSettings
 from fedpress.data.partition import Partition
 from fedpress.data.series_settings import SeriesSettings
+from fedpress.data.text_settings import TextSettings
 from fedpress.errors import Argument, FedpressError, SettingError, suggestion
 
 BUILT_IN = (
@@ -25,11 +26,12 @@ BUILT_IN = (
     "numpy",
     "folders",
     "audio",
+    "text",
 )
 """Names of the sources that need no function of the user."""
 TABLE_SOURCES = ("csv", "parquet", "arrow", "sql", "huggingface")
 """Sources that are tables with named columns."""
-NEED_PATH = ("csv", "parquet", "arrow", "huggingface", "numpy", "folders", "audio")
+NEED_PATH = ("csv", "parquet", "arrow", "huggingface", "numpy", "folders", "audio", "text")
 """Sources that read the file or folder `path`."""
 SQLITE = "sqlite:///"
 """Beginning of the address of an SQLite file; the rest is a path."""
@@ -126,7 +128,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
 
     source: Annotated[str, BeforeValidator(_known_source)] = Field(
         description="digits, cifar10, csv, parquet, arrow, sql, huggingface, numpy, folders "
-        "(client/label/image), audio (client/label/sound.wav), or "
+        "(client/label/image), audio (client/label/sound.wav), text, or "
         "package.module:function"
     )
     path: Annotated[Path, AfterValidator(_with_home)] | None = Field(
@@ -260,6 +262,10 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         description="rows of a table that follow each other in time: windows, forecasts, lags, "
         "calendar",
     )
+    text: TextSettings = Field(
+        TextSettings(),
+        description="how a text becomes sequences of tokens (text)",
+    )
     audio: AudioSettings = Field(
         AudioSettings(),
         description="how a recording becomes a log-mel spectrogram (audio)",
@@ -363,12 +369,12 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
                 f"source '{self.source}' is no table", place="series", cure="leave series out"
             )
         if self.series.horizon:
-            kind = tasks.kind_of(self.task or "classification")
+            kind = tasks.kind_of(self.task or "forecast")
             if tasks.find(kind).targets != "numbers":
                 raise SettingError(
                     f"a forecast predicts numbers, but the task is {kind}",
                     place="series.horizon",
-                    cure=("set ", Argument("task", "regression")),
+                    cure=("set ", Argument("task", "forecast")),
                 )
         return self
 

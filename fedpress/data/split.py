@@ -281,7 +281,7 @@ def _task(
     """Makes the task of the recipe, or the default task for this kind of targets."""
     given = settings.task
     if given is None:
-        given = tasks.DEFAULT[examples.kind]
+        given = examples.default_task or tasks.DEFAULT[examples.kind]
     kind = tasks.kind_of(given)
     wanted = tasks.find(kind).targets
     if wanted != examples.kind:
@@ -296,7 +296,9 @@ def _task(
 
 def _preprocess(public: Inputs, settings: DataSettings) -> Preprocess:
     """Returns the standardisation of the recipe, or one fitted on the public rows."""
-    if not settings.mean and not len(public):
+    # Token ids are indices and have no mean.
+    are_ids = isinstance(public, Tensor) and public.dtype == torch.int64
+    if not settings.mean and (are_ids or not len(public)):
         return Preprocess()
     if not settings.mean:
         with renaming({"x": "public part"}):

@@ -28,6 +28,7 @@ from fedpress.data.series_settings import SeriesSettings
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import READERS, targets_of
 from fedpress.errors import DataError, suggestion
+from fedpress.tasks.forecast import Forecast
 
 # With `client_column = "file"` each file is a client with the name of the file, unless the table
 # has a column "file".
@@ -102,9 +103,12 @@ def _read_series(raw: RawTable, names: list[str], settings: DataSettings) -> Sou
     labels = tuple(Column.of(table, name, settings) for name in settings.label_columns)
     targets: Forecasts | LabelsOfWindows
     if ask.horizon:
-        # The task compares itself with the last value, which the data knows here.
-        is_forecast = tasks.kind_of(settings.task or "regression") == "forecast"
-        targets = Forecasts(labels, windows, ask, with_now=is_forecast and len(labels) == 1)
+        kind, task = "numbers", settings.task or Forecast.kind
+        # The task compares itself with the last value, which the data knows here; `now = false`
+        # switches that off.
+        is_forecast = tasks.kind_of(task) == Forecast.kind and len(labels) == 1
+        with_now = is_forecast and not (isinstance(task, dict) and task.get("now") is False)
+        targets = Forecasts(labels, windows, ask, with_now=with_now)
     else:
         targets = LabelsOfWindows(READERS[kind](labels, settings), windows, ask)
     y = targets.partition_labels()
@@ -122,6 +126,7 @@ def _read_series(raw: RawTable, names: list[str], settings: DataSettings) -> Sou
         targets=targets.targets,
         inputs=inputs,
         kind=kind,
+        default_task=Forecast.kind if ask.horizon else None,
         spans=windows.spans,
     )
 

@@ -72,6 +72,16 @@ def test_the_table_of_a_forecast_is_a_table_of_data():
 
 
 @pytest.mark.recipe
+def test_texts_are_learned(shell):
+    from fedpress import Run
+
+    pages.do(section("Text"), shell)
+    final = Run(Path("runs") / "plays").result["final"]
+    # Guessing by frequency alone has a perplexity above 10.
+    assert final["perplexity"] < 3
+
+
+@pytest.mark.recipe
 def test_data_in_memory_are_federated(shell, capsys):
     names = pages.do(section("Data in memory"), shell)
     assert names["together"].after["accuracy"] > 0.8

@@ -179,6 +179,21 @@ def test_forecasts_are_the_values_of_later_rows(tmp_path, source):
     assert len(data.public) == 2 * (300 - 24 - 6 - 12 + 1)
 
 
+def test_a_forecast_brings_the_value_of_now(tmp_path):
+    """Values grow by one a row, so persistence is wrong by as much as the horizon is long."""
+    table = readings(rows=300).drop_columns("label")
+    series = {"window": 6, "horizon": [1, 12]}
+    data = loaded(tmp_path, table, series, label_column="value")
+    assert data.task.kind == "forecast"
+    assert data.task.names == ("value +1", "value +12")
+    assert torch.equal(data.test.y[:, 0], data.test.x[:, 0, -1])
+    found = data.task.summary(data.task.metrics(torch.zeros(len(data.test), 2), data.test.y))
+    assert found["mae_of_persistence"] == pytest.approx((1 + 12) / 2)
+    task = {"kind": "forecast", "now": False}
+    data = loaded(tmp_path, table, series, label_column="value", task=task)
+    assert torch.equal(data.test.y[:, 0], data.test.x[:, 0, -1] + 1)
+
+
 def test_windows_of_one_row_are_rows(tmp_path):
     data = loaded(
         tmp_path,
@@ -453,12 +468,13 @@ def test_ties_may_keep_the_order_of_the_file(tmp_path):
         ({"by": ["a", "a"]}, ".*has a value twice"),
         ({"order_column": None, "max_gap": 1.0}, "it needs dates; give"),
         ({"order_column": ["day", "year"]}, "is no date; name one column, or the first ones of"),
-        ({"horizon": [1]}, "a forecast predicts numbers, but the task is classification; set"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(series, message):
     with pytest.raises(ValidationError, match=message):
         DataSettings(source="csv", path="a.csv", series=series)
+    with pytest.raises(ValidationError, match="a forecast predicts numbers, but the task is bin"):
+        DataSettings(source="csv", path="a.csv", task="binary", series={"horizon": [1]})
     with pytest.raises(ValidationError, match="source 'digits' is no table"):
         DataSettings(source="digits", series={})
 
