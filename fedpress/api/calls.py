@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -62,6 +62,7 @@ def call(
     out: str | Path | None = None,
     device: str | torch.device | None = None,
     class_weights: ClassWeights | None = None,
+    task: str | Mapping[str, Any] | None = None,
     allow_code: Collection[str] | str = (),
     progress: bool | None = None,
     **settings: Any,
@@ -93,6 +94,10 @@ def call(
         class_weights: weight of each class in the loss, as a list; "balanced": weights from the
             number of public examples of each class; None: equal weights. In a recipe and on the
             command line this is the key `data.class_weights`.
+        task: what is learned from pairs or a source: a name such as "forecast", a table such as
+            `{"kind": "binary", "threshold": 0.3}`, or your own class as `module:Class`. None: the
+            task of a saved model, else it is found from targets and model. In a recipe and on the
+            command line this is the key `data.task`.
         allow_code: functions that may be called to build a model, as `module:function`: the given
             model, the model of the run that wrote it, or a teacher. A `model` given as
             `module:function` need not be listed.
@@ -114,6 +119,8 @@ def call(
     )
     if class_weights is not None:
         settings["data.class_weights"] = class_weights
+    if task is not None:
+        settings["data.task"] = task
     with call_scope(allow_code) as stack:
         opened, bound, loaded = bind(kind, model, arguments, settings, stack, out=out)
         if bound.note is not None:
@@ -315,6 +322,10 @@ def _find_model(
             # The user's own program has imported this class or function, so it may be called
             # without being in `allow_code`.
             stack.enter_context(consent.allowing(known.architecture))
+    # The same holds for the task of a model that this process has loaded or trained.
+    about = memory.spec_of(model)
+    if about is not None and (kind := about.own_task):
+        stack.enter_context(consent.allowing(kind))
     return CallModel(chosen_model, model, named)
 
 
@@ -422,6 +433,7 @@ def _as_federated(
             class_names=chosen_model.spec.class_names if chosen_model.spec is not None else (),
             model=model,
             task=task,
+            named=next((key.value for key in keys if key.key == "data.task"), None),
         )
     if given is not None and given.mean is None:  # mean="data"
         return replace(found, preprocess=Preprocess.fit(found.public.x))

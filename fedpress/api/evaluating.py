@@ -24,7 +24,7 @@ from fedpress.data import FederatedData, Preparation
 from fedpress.data.labelled_rows import TABLES, labelled_rows
 from fedpress.data.raw_rows import UnknownWords, is_table, read_rows
 from fedpress.data.settings import DataSettings
-from fedpress.errors import Argument, DataError
+from fedpress.errors import Argument, DataError, ModelError
 from fedpress.pipeline.arguments import errors_of_command
 from fedpress.pipeline.commands.chosen_data import Standardization
 from fedpress.pipeline.commands.clients import Clients
@@ -157,7 +157,8 @@ class Predictions:
             Multi-label classification: 0 or 1 for each label [n, k]. Regression: numbers in the
             units of the targets.
         probabilities: probability of each class or label [n, k]; None for a regression.
-        outputs: outputs of the network [n, ...], for example logits.
+        outputs: outputs of the network [n, ...], for example logits. For a task of the user with
+            several outputs, what forward returns.
         names: names of the classes, of the labels, or of the numbers that a regression predicts.
         task: kind of task, such as "classification". If the model names no task, it is
             "classification" for one vector of at least 2 outputs per example, else "unknown".
@@ -172,7 +173,7 @@ class Predictions:
     ignored: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.outputs)
+        return len(self.answers)
 
     @property
     def labels(self) -> list[str]:
@@ -275,9 +276,14 @@ def predict(
     if task is None:
         names = tuple(f"output {at}" for at in range(joined[0].numel()))
         return Predictions(joined, None, joined, names, "unknown", ignored)
-    return Predictions(
-        task.answers(joined), task.probabilities(joined), joined, task.names, task.kind, ignored
-    )
+    answers = task.answers(joined)
+    if not isinstance(answers, Tensor):
+        raise ModelError(
+            f"the task {task.kind} gives {type(answers).__name__} as answers, expected one tensor",
+            place="model",
+            cure="define answers(self, outputs) in its class: one row for each example",
+        )
+    return Predictions(answers, task.probabilities(joined), joined, task.names, task.kind, ignored)
 
 
 def _preparation_of(predictor: Predictor, model: object) -> Preparation:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fedpress import deploy, tasks
+from fedpress.core import consent
 from fedpress.core.examples import Preprocess
 from fedpress.core.inputs import Inputs, inputs_text
+from fedpress.core.outputs import as_float32, is_plain, joined_outputs
 from fedpress.data import Preparation
 from fedpress.errors import ModelError
 from fedpress.models import ModelSpec, memory
@@ -107,18 +109,23 @@ def predictor_of(
 def _of_module(
     network: nn.Module, spec: ModelSpec | None, preprocess: Preprocess, given: bool
 ) -> Predictor:
+    task = None
+    if spec is not None:
+        # The task of a model that this process has loaded or trained was allowed then.
+        with consent.allowing([spec.own_task] if spec.own_task else []):
+            task = _task_of(spec.task, spec.class_names)
+
     def compute(x: Inputs, standard: Preprocess) -> Outputs:
         rows, shape = as_taken(x, network, standard)
         outputs: list[Tensor] = []
         with evaluation.evaluating(network), torch.inference_mode():
             for part in rows.split(BATCH):
-                outputs.append(_outputs(network, standard(part)))
-        return torch.cat(outputs), shape
+                outputs.append(_outputs(network, standard(part), task))
+        return joined_outputs(outputs), shape
 
     about = None
     if spec is not None and spec.preparation:
         about = Preparation.from_json(spec.preparation)
-    task = _task_of(spec.task, spec.class_names) if spec is not None else None
     return Predictor(compute, preprocess, given, task, about)
 
 
@@ -140,6 +147,8 @@ def _of_file(path: Path, own: Preprocess | None) -> Predictor:
         ) from error
 
     def compute(x: Inputs, standard: Preprocess) -> Outputs:
+        if task is not None and task.several_outputs:
+            return deploy.structured_outputs(path, x, standard), None
         found = deploy.file_logits(path, standard(x)).float()
         return found, tuple(found.shape[1:])
 
@@ -162,11 +171,12 @@ def _task_of(told: Mapping[str, Any], class_names: tuple[str, ...]) -> Task | No
     return tasks.of_model(dict(told), class_names)
 
 
-def _outputs(network: nn.Module, x: Inputs) -> Tensor:
+def _outputs(network: nn.Module, x: Inputs, task: Task | None) -> Tensor:
     """Runs the network on one batch.
 
     Raises:
-        ModelError: if the network fails on the batch, or does not return one tensor.
+        ModelError: if the network fails on the batch, or does not return one tensor although the
+            task does not take several.
     """
     try:
         found = evaluation.outputs(network, x)
@@ -181,10 +191,12 @@ def _outputs(network: nn.Module, x: Inputs) -> Tensor:
                 "give examples like those of the training; the first dimension counts them",
             ),
         ) from error
-    if not isinstance(found, Tensor):
+    several = task is not None and task.several_outputs
+    if not (is_plain(found) if several else isinstance(found, Tensor)):
         raise ModelError(
             f"it returns {type(found).__name__}, expected one tensor",
             place="model",
-            cure="wrap it in a module that returns only the tensor of outputs",
+            cure="wrap it in a module that returns only the tensor of outputs, or give its own task "
+            "several_outputs = True (docs/tasks.md)",
         )
-    return found.float()
+    return as_float32(found)

@@ -30,17 +30,18 @@ def with_stage_signature(function: Call) -> Call:
     kind = function.__name__
     settings = commands()[kind].load()
     # `kind` is the function's name, and `settings` is replaced by single parameters (`own`).
+    # Arguments that only this function has, such as `clients` of federate.
+    special = {
+        name: parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in ("model", "settings")
+    }
     common = [
         parameter
         for name, parameter in inspect.signature(call).parameters.items()
-        if name not in ("kind", "settings")
+        if name not in ("kind", "settings", *special)
     ]
-    # Arguments that only this function has, such as `clients` of federate.
-    common += [
-        parameter
-        for name, parameter in inspect.signature(function).parameters.items()
-        if name not in ("model", "settings")
-    ]
+    common += special.values()
     own = [
         inspect.Parameter(
             name,

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fedpress.core.inputs import Inputs, call, shape_of, shape_text
+from fedpress.core.outputs import as_float32, output_tensors, outputs_text
 from fedpress.core.random_source import RandomSource, public_stream
 from fedpress.errors import TrainingError, renaming, suggestion
 from fedpress.tasks import Task
@@ -286,14 +287,14 @@ class Distillation:
                     cure="give a teacher of the same inputs",
                 ) from error
 
-        if not isinstance(logits, Tensor):
+        if not isinstance(logits, Tensor) and not self.task.several_outputs:
             raise TrainingError(
                 f"the teacher returns {type(logits).__name__}",
                 place="teacher",
                 cure="it must return logits",
             )
         # Autocast gives half-precision numbers, whose differences would be too coarse for a loss.
-        return {name: value.float() for name, value in features.items()}, logits.float()
+        return {name: value.float() for name, value in features.items()}, as_float32(logits)
 
 
 class Projection(nn.Module):
@@ -323,16 +324,17 @@ def _pairs(names: tuple[Pair, ...]) -> tuple[tuple[str, str], ...]:
 
 def _check_logits(logits: Tensor, teacher_logits: Tensor) -> None:
     """Raises TrainingError if the teacher's outputs have another shape, or are not finite."""
-    if teacher_logits.shape != logits.shape:
+    ours, theirs = output_tensors(logits), output_tensors(teacher_logits)
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
         raise TrainingError(
             (
-                f"the teacher gives outputs {list(teacher_logits.shape[1:])} for one example, the "
-                f"student {list(logits.shape[1:])}"
+                f"the teacher gives outputs {outputs_text(teacher_logits)} for one example, the "
+                f"student {outputs_text(logits)}"
             ),
             place="teacher",
             cure="give a teacher of the same classes",
         )
-    if not teacher_logits.isfinite().all():
+    if not all(bool(t.isfinite().all()) for t in theirs):
         raise TrainingError(
             "the teacher's outputs contain NaN or infinity",
             place="teacher",

@@ -94,17 +94,17 @@ def check(name: str, allow_code: Collection[str] | str, place: str) -> None:
     # Checked first, so that the error for a damaged name does not advise to allow it.
     if not NAME.fullmatch(name):
         raise ModelError(
-            f"{name[:80]!r} is neither an architecture of fedpress nor module:function",
+            f"{name[:80]!r} is neither a name of fedpress nor module:function",
             place=place,
             cure="do not use this file, or get it again from its source",
         )
     if allowed(name) or name in checked(allow_code):
         return
     raise ModelError(
-        f"names the function '{name}', which would be called with what the file says",
+        f"names the code '{name}', which would be called with what the file says",
         place=place,
         cure=(
-            "nothing was loaded. If you know this function and trust the file, add ",
+            "nothing was loaded. If you know this code and trust the file, add ",
             Argument("allow_code", (name,)),
         ),
     )

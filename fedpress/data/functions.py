@@ -25,7 +25,7 @@ from fedpress.data.partition_labels import (
 from fedpress.data.settings import DataSettings
 from fedpress.data.torch_datasets import as_pair, is_dataset
 from fedpress.errors import DataError, FedpressError, ModelError
-from fedpress.tasks.classification import IGNORED
+from fedpress.tasks.base import IGNORED
 
 
 def call_function(settings: DataSettings, seed: int) -> FederatedData | SourceRows:
@@ -39,8 +39,10 @@ def call_function(settings: DataSettings, seed: int) -> FederatedData | SourceRo
       names of forward's arguments. Numbers become float32, but in a dictionary integers (token
       ids, lengths) become int64, and booleans stay booleans.
     - y is class numbers from 0 up or words [n]; numbers [n] or [n, k] for a regression; booleans
-      [n, k] for several labels. If the recipe says `task = "classification"`, y may also be
-      class numbers [n, ...], one for each position, with -100 for positions that do not count.
+      [n, k] for several labels. If the recipe names a task of classes, such as "classification",
+      "language" or "segmentation", y may also be class numbers [n, ...], one for each position,
+      with -100 for positions that do not count. A task of the user with `targets = "arrays"` takes
+      numbers [n, ...] of any shape.
 
     Raises:
         DataError: if the function is missing, fails, or returns something else.
@@ -123,7 +125,7 @@ def rows_of_clients(settings: DataSettings, pairs: dict[str, Any], where: str) -
     )
     if labels.dtype.kind in "iu" and labels.ndim > 1 and named == "classes":
         return _of_positions(settings, rows, torch.from_numpy(labels.astype(np.int64)), where)
-    if labels.dtype.kind == "f" or labels.ndim > 1 or whole:
+    if labels.dtype.kind == "f" or labels.ndim > 1 or whole or named == "arrays":
         return _of_numbers(settings, rows, labels, where)
     return _of_classes(settings, rows, labels, where)
 
@@ -209,29 +211,29 @@ def _of_numbers(
     settings: DataSettings, rows: SourceRows, found: np.ndarray, where: str
 ) -> SourceRows:
     """Returns rows whose targets are numbers [n] or [n, k], or booleans [n, k] for k labels."""
-    if found.ndim > 2:
+    task = settings.task
+    if task is None:
+        task = "multilabel" if found.dtype.kind == "b" else "regression"
+    kind = tasks.find(tasks.kind_of(task)).targets
+    if found.ndim > 2 and kind != "arrays":
         raise DataError(
             f"targets of shape {list(found.shape)}",
             place=where,
             cure=(
                 "expected [n] or [n, k]; class numbers of positions need "
-                "data.task = 'classification'"
+                "data.task = 'classification', arrays a task of your own (docs/tasks.md)"
             ),
         )
-    task = settings.task
-    if task is None:
-        task = "multilabel" if found.dtype.kind == "b" else "regression"
-    kind = tasks.find(tasks.kind_of(task)).targets
     y = torch.from_numpy(found.astype(np.float32))
     names: tuple[str, ...] = ("target",)
-    if y.dim() == 2 and y.shape[1] != 1:
+    if y.dim() == 2 and y.shape[1] != 1 and kind != "arrays":
         names = tuple(f"target {at}" for at in range(y.shape[1]))
     # NaN marks a row without a target; such rows are dropped.
     known = y.isfinite().reshape(len(y), -1).all(1)
     if kind == "flags":
         labels = partition_labels_of_flags(y)
     else:
-        labels = partition_labels_of_numbers(y)
+        labels = partition_labels_of_numbers(y.flatten(1) if y.dim() > 2 else y)
     return replace(
         rows,
         train=Arrays(rows.train.x, labels),
@@ -253,8 +255,8 @@ def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
         fits = x.ndim == 4 or (x.ndim >= 2 and x.dtype != torch.uint8)
         if x.dtype != torch.uint8:
             x = x.to(torch.float32)
-    # Only class numbers for each position, such as a mask, may have more than two dimensions.
-    are_targets = y.ndim in (1, 2) or (y.ndim > 2 and y.dtype.kind in "iu")
+    # Of two or more dimensions are class numbers of positions, or targets of a task of the user.
+    are_targets = y.ndim >= 1 and (y.ndim <= 2 or y.dtype.kind in "iuf")
     if fits and are_targets and len(x) != len(y):
         raise DataError(
             f"{len(x)} examples in x but {len(y)} targets in y",

@@ -386,13 +386,16 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
                 place="classes",
                 cure="list at least two",
             )
-        if self.classes is not None and self.task is not None:
+        # A task of the user's own is not imported here; `tasks.make` finds what does not fit.
+        if self.task is None or tasks.is_own(tasks.kind_of(self.task)):
+            return self
+        if self.classes is not None:
             kind = tasks.kind_of(self.task)
             if tasks.find(kind).targets != "classes":
                 raise SettingError(
                     f"the task {kind} has none", place="classes", cure="leave classes out"
                 )
-        if self.class_weights is not None and self.task is not None:
+        if self.class_weights is not None:
             kind = tasks.kind_of(self.task)
             if not tasks.find(kind).weighs_classes:
                 raise SettingError.of(tasks.no_classes_error(kind), place="class_weights")

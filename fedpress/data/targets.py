@@ -157,5 +157,6 @@ READERS: dict[Targets, Callable[[tuple[Column, ...], DataSettings], TargetReader
     "classes": _labels,
     "numbers": NumberColumns,
     "flags": FlagColumns,
+    "arrays": NumberColumns,
 }
 """The reader of each kind of targets."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.inputs import Example, Inputs, arguments, tensors_of, with_tensors
+from fedpress.core.outputs import joined_outputs
 from fedpress.deploy.artifact import ROUNDING, TOLERANCE
 from fedpress.deploy.examples import (
     InputSpec,
@@ -24,6 +25,7 @@ from fedpress.deploy.examples import (
     main_output,
     random_rows,
     rows_of,
+    unflatten,
 )
 from fedpress.deploy.formats import format_of, open_file
 from fedpress.deploy.session import Session
@@ -266,6 +268,8 @@ def metrics(
             f"no example to measure {path} on", place="arrays", cure="give at least one"
         )
     outputs = main_outputs(path, arrays.x, preprocess)
+    if task.several_outputs:
+        outputs = structured_outputs(path, arrays.x, preprocess)
     return task.summary(task.metrics(outputs, arrays.y))
 
 
@@ -275,15 +279,35 @@ def main_outputs(path: str | Path, x: Inputs, preprocess: Preprocess) -> Tensor:
     Raises:
         ExportError: if the file cannot be run.
     """
-    # The formats for phones take only batches of 1.
-    size = format_of(path).batch or BATCH_SIZE
     session = open_file(path)
     found = []
-    for part in x.split(size):
-        args, named = array_call(preprocess(part))
+    for part in _calls_of_rows(path, x, preprocess):
         # Copied, because a runtime may reuse the memory of its outputs in the next run.
-        found.append(torch.from_numpy(np.array(session.main(*args, **named))))
+        found.append(torch.from_numpy(np.array(session.main(*part[0], **part[1]))))
     return torch.cat(found)
+
+
+def structured_outputs(path: str | Path, x: Inputs, preprocess: Preprocess) -> Any:
+    """Returns all outputs of the file for raw examples `x`, as the model's forward returned them.
+
+    Raises:
+        ExportError: if the file cannot be run.
+    """
+    session = open_file(path)
+    found = []
+    for part in _calls_of_rows(path, x, preprocess):
+        flat = [torch.from_numpy(np.array(out)) for out in session.flat(*part[0], **part[1])]
+        found.append(unflatten(session.structure, flat))
+    return joined_outputs(found)
+
+
+def _calls_of_rows(
+    path: str | Path, x: Inputs, preprocess: Preprocess
+) -> Iterator[tuple[list[np.ndarray], dict[str, np.ndarray]]]:
+    """Yields the arguments of a session for batches of raw examples."""
+    # The formats for phones take only batches of 1.
+    for part in x.split(format_of(path).batch or BATCH_SIZE):
+        yield array_call(preprocess(part))
 
 
 def file_logits(path: str | Path, x: Example) -> Tensor:
@@ -294,6 +318,20 @@ def file_logits(path: str | Path, x: Example) -> Tensor:
     """
     session, found = _file_outputs(path, x)
     return found[main_output(session.outputs)]
+
+
+def file_outputs(path: str | Path, x: Example) -> list[Tensor]:
+    """Returns all outputs of the file, in its order, for standardised `x`.
+
+    Raises:
+        ExportError: if the file cannot be run.
+    """
+    return _file_outputs(path, x)[1]
+
+
+def model_outputs(model: nn.Module | torch.export.ExportedProgram, x: Example) -> list[Tensor]:
+    """Returns all outputs of a model or graph, in the order of its file, for standardised `x`."""
+    return _model_outputs(model, x)[1]
 
 
 def logits(model: nn.Module | torch.export.ExportedProgram, x: Example) -> Tensor:

@@ -137,6 +137,12 @@ class ModelSpec(BaseModel):
             )
         return self
 
+    @property
+    def own_task(self) -> str:
+        """The class of the user's own task, as `module:Class`; "" for a task of fedpress."""
+        kind = str(self.task.get("kind", ""))
+        return kind if ":" in kind else ""
+
     def example(self, n: int, chance: Source = None) -> Inputs:
         """Returns `n` artificial examples [n, *input_shape] to run the network on.
 
@@ -174,19 +180,22 @@ class ModelSpec(BaseModel):
         Args:
             text: content of the file.
             allow_code: functions, as `module:function`, that the file may name as its architecture.
-                Functions that the user of this process has already named are allowed too (see
-                `fedpress.core.consent`).
+                or the class that it may name as its task. Those that the user of this process has
+                already named are allowed too (see `fedpress.core.consent`).
 
         Raises:
             ValidationError: (of pydantic) if the text is not a spec.
-            ModelError: if the architecture is neither in `ARCHITECTURES` nor allowed, or if the
-                declared sizes exceed `fedpress.core.limits`.
+            ModelError: if the architecture is neither in `ARCHITECTURES` nor allowed, if a task of
+                the user's own is not allowed, or if the declared sizes exceed `fedpress.core.limits`.
         """
         spec = cls.model_validate_json(text, context={FILE: True})
         if ":" not in spec.architecture:
             _builder(spec.architecture)  # raises an error if there is no such architecture
         elif spec.architecture not in ARCHITECTURES:
             consent.check(spec.architecture, allow_code, "spec.architecture")
+        # The task's code is not called here, but whoever opens the model asks for its predictions.
+        if spec.own_task:
+            consent.check(spec.own_task, allow_code, "spec.task.kind")
         spec._check_sizes()
         return spec
 

@@ -60,7 +60,10 @@ class Gate(Protocol):
     """
 
     def code_named(self, session: str, name: str) -> Refusal | None:
-        """Decides whether the installed function `name` (`module:function`) may build the model."""
+        """Decides whether the installed code `name` (`module:function`) may be called.
+
+        It builds the model, or is the class of the task.
+        """
         ...
 
     def offered(self, asked: Asked, *, trial: bool) -> Refusal | None:
@@ -124,7 +127,7 @@ class NoPolicy:
 
 
 def unnamed_code(name: str) -> Refusal:
-    """Returns the refusal of a model whose function `name` the owner does not allow."""
+    """Returns the refusal of an offer that needs the code `name`, which the owner does not allow."""
     # Cut, because the name comes from the server and may be of any length.
-    named = f"the model is built by {name[:80]}, which is not allowed here"
+    named = f"model or task need the code {name[:80]}, which is not allowed here"
     return Refusal("code", f"{named}; its owner can name it in the policy, under code")

@@ -158,9 +158,9 @@ class Sessions:
         """Answers an offer: "offered" if it is accepted, "refused" if not."""
         trial = message.header.get("trial") is True
         # Decided before the whole offer is read, because reading it calls the code that it names.
-        code = code_named(message)
-        if code is not None and (refusal := self.gate.code_named(name, code)) is not None:
-            return self._refused(refusal)
+        for code in code_named(message):
+            if (refusal := self.gate.code_named(name, code)) is not None:
+                return self._refused(refusal)
         offer = Offer.from_message(message)
         asked = Asked(name, self.name, offer)
         refusal = self.gate.offered(asked, trial=trial)

@@ -7,13 +7,13 @@ from typing import Any
 from fedpress import storage
 from fedpress.compress import cost
 from fedpress.deploy.processor import conditions
-from fedpress.tasks import Task
+from fedpress.tasks import Task, description
 from fedpress.training.device import place_
 from fedpress.training.evaluate import evaluate
 from fedpress.workspace.state import State
 
 COSTS = (
-    "task", "test_examples", "loss", "parameters", "nonzero_parameters", "macs", "file_bytes",
+    "task", "task_metrics", "test_examples", "loss", "parameters", "nonzero_parameters", "macs", "file_bytes",
     "packed_file_bytes", "latency_ms", "runtime", "conditions",
 )  # fmt: skip
 """Keys that `measure` may return for every task, beside the metrics of the task."""
@@ -46,7 +46,7 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
     # GPU.
     model = state.model.to("cpu")
     line: dict[str, Any] = {
-        "task": task.kind,
+        **description(task),
         "test_examples": len(test),
         **metrics,
         "loss": loss,

@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from fedpress import data as data_sets
-from fedpress import storage
+from fedpress import storage, tasks
 from fedpress.compress import cost
 from fedpress.core import consent
 from fedpress.core.inputs import Inputs, Shape, call, dtype_of, shape_of, shape_text
@@ -41,9 +41,9 @@ NO_DATA = "no data"
 def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.FederatedData:
     """Loads the recipe's data set and divides it among clients.
 
-    If the source is a `module:function`, this function is called: the user allows this by naming
-    the function in the recipe. From then on, it may also be called if a saved run names it (see
-    `fedpress.core.consent`).
+    If the source is a `module:function`, or the task a `module:Class`, this code is called: the
+    user allows this by naming it in the recipe. From then on, it may also be called if a saved run
+    names it (see `fedpress.core.consent`).
 
     Raises:
         TrainingError: if this machine lacks the recipe's device.
@@ -52,9 +52,11 @@ def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.
     # A missing device must fail before a long download.
     at = device_of(recipe)
     log.info("device %s (%s in the recipe)", at, recipe.device)
-    # The user named this function in the recipe, which is consent to call it.
-    if consent.NAME.fullmatch(recipe.data.source):
-        consent.allow(recipe.data.source)
+    # The user named this code in the recipe, which is consent to call it.
+    task = tasks.kind_of(recipe.data.task) if recipe.data.task is not None else ""
+    for name in (recipe.data.source, task):
+        if consent.NAME.fullmatch(name):
+            consent.allow(name)
     log.info("data come from %s", recipe.data.source)
     with errors_of_data():
         return data_sets.load(recipe.data, derive(recipe.seed, "data"), progress=progress)

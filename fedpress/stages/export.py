@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedpress import deploy
 from fedpress.core.inputs import Inputs
@@ -21,7 +22,7 @@ from fedpress.errors import Argument, DataError, SettingError
 from fedpress.nn.observers import Observer
 from fedpress.stages import inputs
 from fedpress.stages.base import DIFFERENCES, Stage
-from fedpress.tasks import Task
+from fedpress.tasks import Task, description
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
@@ -120,7 +121,7 @@ class ExportStage(BaseModel, Stage):
         # graph). Only float rounding may differ, so a larger error is a bug of the export.
         same = deploy.parity(artifact.program or model, path, x, tolerance=artifact.tolerance)
         # Then compare it with the model in torch: this shows what int8 costs.
-        agree, apart = _compared(task, deploy.logits(model, x), deploy.file_logits(path, x))
+        agree, apart = _compared(task, model, path, x)
 
         yield Tick(2, 4, f"measuring {task.shown_metrics[0].name}")
         metrics = dict[str, Any](dict.fromkeys(task.keys))
@@ -145,7 +146,7 @@ class ExportStage(BaseModel, Stage):
             "format": self.format,
             "int8": self.int8,
             "file_bytes": artifact.file_bytes,
-            "task": task.kind,
+            **description(task),
             **metrics,
             "latency_ms": time.median_ms,
             "latency_p10_ms": time.p10_ms,
@@ -222,13 +223,19 @@ class ExportStage(BaseModel, Stage):
         return state.data.preprocess(taken.x).split(BATCH)
 
 
-def _compared(task: Task, in_torch: Tensor, in_file: Tensor) -> tuple[float | None, float]:
-    """Compares outputs [n, ...] of the exported file with outputs of the model.
+def _compared(task: Task, model: nn.Module, path: Path, x: Inputs) -> tuple[float | None, float]:
+    """Compares outputs of the exported file with outputs of the model on standardised inputs.
 
     Returns:
         The share of examples with the same prediction: None if predictions are numbers, 1 if
-        outputs have one axis only. And the relative error |file - model| / |model| of the outputs.
+        outputs have one axis only. And the relative error |file - model| / |model| of the outputs;
+        of several, that of all numbers together.
     """
+    if task.several_outputs:
+        in_file = torch.cat([t.double().flatten() for t in deploy.file_outputs(path, x)])
+        in_torch = torch.cat([t.double().flatten() for t in deploy.model_outputs(model, x)])
+        return None, float((in_file - in_torch).norm() / in_torch.norm().clamp_min(1e-30))
+    in_torch, in_file = deploy.logits(model, x), deploy.file_logits(path, x)
     agree = task.agreement(in_torch, in_file) if in_torch.dim() > 1 else 1.0
     # The clamp avoids 0 / 0 if all outputs are zero.
     apart = float((in_file - in_torch).norm() / in_torch.norm().clamp_min(1e-30))

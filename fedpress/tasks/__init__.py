@@ -7,18 +7,21 @@ TOML file with the settings of a run) names its task by the key `task` of the ta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from torch import Tensor
 
+from fedpress.core import consent
 from fedpress.errors import RecipeError, suggestion
-from fedpress.tasks.base import Metric, Sums, Task, merged, no_classes_error
+from fedpress.tasks import own
+from fedpress.tasks.base import IGNORED, Metric, Sums, Task, merged, no_classes_error
 from fedpress.tasks.binary import Binary
 from fedpress.tasks.classification import Classification
 from fedpress.tasks.forecast import Forecast
 from fedpress.tasks.language import Language
 from fedpress.tasks.multilabel import Multilabel
+from fedpress.tasks.own import is_own
 from fedpress.tasks.poisson import Poisson
 from fedpress.tasks.regression import Regression
 from fedpress.tasks.segmentation import Segmentation
@@ -47,14 +50,18 @@ DEFAULT: dict[str, str] = {
 
 
 def find(kind: str) -> type[Task]:
-    """Returns the class of a task by its name in a recipe, such as "binary".
+    """Returns the class of a task by its name in a recipe, such as "binary" or "boxes:Boxes".
 
     Raises:
         RecipeError: if there is no such task.
+        ModelError: if it is the user's own (`module:Class`), and this code is not allowed or cannot
+            be imported.
     """
+    if is_own(kind):
+        return own.load(kind)
     if kind not in TASKS:
         raise RecipeError(
-            f"no task '{kind}' (known: {', '.join(TASKS)})",
+            f"no task '{kind}' (known: {', '.join(TASKS)}, or your own as module:Class)",
             place="task",
             cure=suggestion(kind, list(TASKS)) or "choose one of them",
         )
@@ -75,9 +82,13 @@ def kind_of(given: str | Mapping[str, Any]) -> str:
 def check_settings(given: str | Mapping[str, Any]) -> None:
     """Checks the name and the options in a value of the recipe's key `data.task`.
 
+    A task of the user's own is checked only if its code is allowed: nothing is imported before.
+
     Raises:
         RecipeError: if there is no such task or option.
     """
+    if is_own(kind_of(given)) and not consent.allowed(kind_of(given)):
+        return
     row = find(kind_of(given))
     # Class weights are not an option of a task, because [data] has a key for them.
     every = [field.name for field in fields(row)]  # type: ignore[arg-type]
@@ -137,6 +148,7 @@ def of_model(saved: Mapping[str, Any], class_names: tuple[str, ...]) -> Task:
 
     Raises:
         RecipeError: if this version has no such task.
+        ModelError: if the task is the user's own, and its code is not allowed.
     """
     options = {key: value for key, value in saved.items() if key not in ("kind", "names")}
     # Classification stores no task: its names are the class names.
@@ -152,12 +164,39 @@ def task_of(line: Mapping[str, Any]) -> type[Task]:
         line: the stage's entry in the file `result.json`; its key "task" has the task's name.
             Without a known name the task is classification.
     """
+    kind = str(line.get("task"))
+    # A report must not import code of the user, so a result describes the metrics of such a task.
+    if is_own(kind):
+        return own.loaded(kind) or _described(kind, line)
     # Version 0.1.0 only had classification, and did not store the task.
-    return TASKS.get(str(line.get("task")), Classification)
+    return TASKS.get(kind, Classification)
+
+
+def description(task: Task | type[Task]) -> dict[str, Any]:
+    """Returns the entries of a stage's result that name the task, for `task_of`.
+
+    For a task of the user's own the metrics are described, so that a report can show them without
+    importing the user's code.
+    """
+    if not is_own(task.kind):
+        return {"task": task.kind}
+    return {"task": task.kind, "task_metrics": [asdict(metric) for metric in task.shown_metrics]}
+
+
+def _described(kind: str, line: Mapping[str, Any]) -> type[Task]:
+    """Returns a class with the metrics that a result describes; it cannot be instantiated."""
+    try:
+        metrics = tuple(Metric(**metric) for metric in line["task_metrics"])
+    # A result of another version, or one that somebody changed.
+    except (KeyError, TypeError):
+        metrics = ()
+    body = {"kind": kind, "shown_metrics": metrics or Classification.shown_metrics}
+    return type("Described", (Task,), body)
 
 
 __all__ = [
     "DEFAULT",
+    "IGNORED",
     "TASKS",
     "Binary",
     "Classification",
@@ -171,7 +210,9 @@ __all__ = [
     "Sums",
     "Task",
     "check_settings",
+    "description",
     "find",
+    "is_own",
     "kind_of",
     "make",
     "merged",

@@ -16,6 +16,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
+from fedpress.core.outputs import is_plain, output_tensors, outputs_text
 from fedpress.errors import DataError, ModelError, RecipeError
 from fedpress.tasks.weights import ClassWeights
 
@@ -24,9 +25,14 @@ Reduction = Literal["mean", "sum", "none"]
 Sums = Mapping[str, Tensor]
 """Name -> sum over examples. Example: {"right": tensor(90), "examples": tensor(100)}."""
 
-Targets = Literal["classes", "flags", "numbers"]
+Targets = Literal["classes", "flags", "numbers", "arrays"]
 """Kinds of targets. "classes": class numbers, int64 [n, ...]. "flags": 0 or 1 for each of k labels,
-float32 [n, k]. "numbers": float32 [n] or [n, k]."""
+float32 [n, k]. "numbers": float32 [n] or [n, k]. "arrays": float32 of any shape [n, ...], for a
+task of the user's own."""
+
+
+IGNORED = -100
+"""Target of a position without a label, such as the padding of a short sequence."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,9 @@ class Task(ABC):
         keys: all keys in the result of `summary`.
         names: names of the classes, or of the predicted numbers.
         weighs_classes: whether the loss can have class weights.
+        several_outputs: whether `loss`, `metrics` and `answers` take what the network's forward
+            returns, be it a tensor of any shape or several in a tuple or dictionary. `check` then
+            only asks that `loss` takes them.
         class_weights: weight of each class in the loss; empty if all weights are 1.
     """
 
@@ -90,6 +99,7 @@ class Task(ABC):
     class_weights: tuple[float, ...] = ()
 
     weighs_classes: ClassVar[bool] = False
+    several_outputs: ClassVar[bool] = False
     primary: ClassVar[str]
     higher_is_better: ClassVar[bool]
     keys: ClassVar[tuple[str, ...]]
@@ -97,6 +107,14 @@ class Task(ABC):
     def __init_subclass__(cls) -> None:
         """Sets `primary`, `higher_is_better` and `keys` of a subclass from its metrics."""
         super().__init_subclass__()
+        if not getattr(cls, "shown_metrics", ()):
+            raise TypeError(
+                f"{cls.__name__}(Task) has no shown_metrics: give it a tuple of Metric, the primary "
+                "one first"
+            )
+        # A task of the user's own is named by its place. Tasks of fedpress have a word.
+        if "kind" not in cls.__dict__:
+            cls.kind = f"{cls.__module__}:{cls.__qualname__}"
         cls.primary = cls.shown_metrics[0].key
         cls.higher_is_better = cls.shown_metrics[0].better == "higher"
         # Without the loss, which `training.evaluate` measures itself.
@@ -199,11 +217,17 @@ class Task(ABC):
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Returns the distillation loss: the distance of outputs to a teacher's outputs [n, ...].
 
-        The default is the mean squared difference.
+        The default is the mean squared difference; of several outputs, the sum of these means.
         """
         # Only tasks with probabilities have a temperature.
         del temperature
-        return (outputs - teacher).square().mean()
+        if isinstance(outputs, Tensor):
+            return (outputs - teacher).square().mean()
+        pairs = zip(output_tensors(outputs), output_tensors(teacher), strict=True)
+        each = [
+            (mine - theirs).square().mean() for mine, theirs in pairs if mine.is_floating_point()
+        ]
+        return torch.stack(each).sum()
 
     def agreement(self, first: Tensor, second: Tensor) -> float | None:
         """Returns the share of examples with equal predictions; None if predictions are numbers."""
@@ -255,6 +279,9 @@ class Task(ABC):
             DataError: if targets have the wrong shape, type or range.
         """
         self.check_targets(targets)
+        if self.several_outputs:
+            self._check_by_loss(outputs, targets)
+            return
         got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         if got != [len(targets), self.outputs]:
             of_one = got[1:] if isinstance(got, list) else got
@@ -262,6 +289,44 @@ class Task(ABC):
                 f"gives outputs {of_one} for one example, expected {self.expected}",
                 place="outputs",
                 cure=f"make it return {self.outputs} numbers",
+            )
+
+    def _check_by_loss(self, outputs: object, targets: Tensor) -> None:
+        """Checks outputs of any form: the loss must take them and give a number per example.
+
+        Raises:
+            ModelError: if it does not.
+        """
+        n, text = len(targets), outputs_text(outputs)
+        if not is_plain(outputs):
+            raise ModelError(
+                f"gives outputs {text} for one example, expected tensors in tuples, lists and "
+                "dictionaries",
+                place="outputs",
+                cure='make forward return a tensor, a tuple or a dict, such as {"boxes": boxes}',
+            )
+        if any(not t.dim() or len(t) != n for t in output_tensors(outputs)):
+            raise ModelError(
+                "gives an output whose first dimension does not count the examples",
+                place="outputs",
+                cure="make the first dimension of each output the batch",
+            )
+        try:
+            each = self.loss(outputs, targets, reduction="none")  # type: ignore[arg-type]
+        except Exception as error:  # a user's loss may raise anything
+            reason = (str(error).splitlines() or [""])[0]
+            raise ModelError(
+                f"gives outputs {text} for one example, on which the loss of {self.kind} fails "
+                f"with {type(error).__name__}: {reason}",
+                place="outputs",
+                cure="make forward return what the loss takes",
+            ) from error
+        if not isinstance(each, Tensor) or each.shape != (n,):
+            got = list(each.shape) if isinstance(each, Tensor) else type(each).__name__
+            raise ModelError(
+                f"gets a loss {got} for {n} examples from {self.kind} with reduction='none'",
+                place="outputs",
+                cure="return one loss per example: fedpress.tasks.base.reduced(each, reduction)",
             )
 
     @property
@@ -275,7 +340,16 @@ class Task(ABC):
         Raises:
             DataError: if targets have the wrong shape, type or range.
         """
-        check_numbers(targets, len(self.names), self.kind)
+        if self.targets == "classes":
+            check_classes(targets, len(self.names))
+        elif self.targets != "arrays":
+            check_numbers(targets, len(self.names), self.kind)
+        elif targets.dtype != torch.float32 or not bool(targets.isfinite().all()):
+            raise DataError(
+                f"targets of type {targets.dtype}, or some are NaN or infinite",
+                place="targets",
+                cure=f"the task {self.kind} needs finite float32 [n, ...]",
+            )
 
     def made_up_targets(self, n: int, like: Tensor) -> Tensor:
         """Returns `n` valid targets with the dtype of `like` [m, ...] and shape [n, ...].
@@ -378,6 +452,30 @@ def standard_error(total: Tensor, squares: Tensor, n: int) -> float | None:
         return None
     # Rounding may leave a variance of 0 slightly negative.
     return math.sqrt(max(0.0, variance) / n)
+
+
+def check_classes(targets: Tensor, count: int) -> None:
+    """Checks that targets are class numbers below `count`, int64 [n, ...].
+
+    Targets of several positions, such as [n, length], may also be `IGNORED`.
+
+    Raises:
+        DataError: if they are not.
+    """
+    if targets.dtype != torch.int64 or targets.dim() < 1:
+        raise DataError(
+            f"labels of type {targets.dtype} and {targets.dim()} dimensions",
+            place="targets",
+            cure="give int64 [n]",
+        )
+    counted = targets[targets != IGNORED] if targets.dim() > 1 else targets
+    if not bool(((counted >= 0) & (counted < count)).all()):
+        # The error does not quote the label, which may be private.
+        raise DataError(
+            "some labels are no class number",
+            place="targets",
+            cure=f"give class numbers from 0 to {count - 1}",
+        )
 
 
 def check_numbers(targets: Tensor, width: int, kind: str) -> None:

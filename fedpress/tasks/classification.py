@@ -13,13 +13,19 @@ import torch.nn.functional as F
 from pydantic import JsonValue
 from torch import Tensor
 
-from fedpress.errors import DataError, ModelError
+from fedpress.errors import ModelError
 from fedpress.tasks import ranking, weights
-from fedpress.tasks.base import Metric, Reduction, Sums, Task, json_number, reduced
+from fedpress.tasks.base import (
+    IGNORED,
+    Metric,
+    Reduction,
+    Sums,
+    Task,
+    check_classes,
+    json_number,
+    reduced,
+)
 from fedpress.tasks.weights import ClassWeights
-
-IGNORED = -100
-"""Target of a position without a label, such as the padding of a short sequence."""
 
 # With more classes no AUC is computed: it needs two histograms of 4,096 bins for each class.
 MAX_AUC_CLASSES = 1000
@@ -291,17 +297,4 @@ class Classification(Task):
 
     def check_targets(self, targets: Tensor) -> None:
         """Checks that targets are class numbers; at positions also `IGNORED` is valid."""
-        if targets.dtype != torch.int64 or targets.dim() < 1:
-            raise DataError(
-                f"labels of type {targets.dtype} and {targets.dim()} dimensions",
-                place="targets",
-                cure="give int64 [n]",
-            )
-        counted = targets[targets != IGNORED] if targets.dim() > 1 else targets
-        if not bool(((counted >= 0) & (counted < len(self.names))).all()):
-            # The error does not quote the label, which may be private.
-            raise DataError(
-                "some labels are no class number",
-                place="targets",
-                cure=f"give class numbers from 0 to {len(self.names) - 1}",
-            )
+        check_classes(targets, len(self.names))

@@ -13,8 +13,8 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from fedpress.errors import DataError, ModelError
-from fedpress.tasks.base import Metric, Reduction, Sums, Task, json_number
-from fedpress.tasks.classification import IGNORED, Classification
+from fedpress.tasks.base import IGNORED, Metric, Reduction, Sums, Task, json_number
+from fedpress.tasks.classification import Classification
 
 # The log probabilities of the tokens travel with the model as text: 20,000 are about 200 kB.
 MAX_UNIGRAM_TOKENS = 20_000

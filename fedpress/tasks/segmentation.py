@@ -10,8 +10,8 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from fedpress.errors import DataError, ModelError
-from fedpress.tasks.base import Metric, Reduction, Sums, Task, json_number
-from fedpress.tasks.classification import IGNORED, Classification
+from fedpress.tasks.base import IGNORED, Metric, Reduction, Sums, Task, json_number
+from fedpress.tasks.classification import Classification
 from fedpress.tasks.weights import ClassWeights
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.inputs import Inputs, call, join
+from fedpress.core.outputs import as_float32, map_outputs, output_tensors, rows_of_outputs
 from fedpress.errors import TrainingError
 from fedpress.nn.batch_norm import ONE_VALUE
 from fedpress.tasks import Sums, Task, merged
@@ -93,12 +94,12 @@ def evaluate(
         batch_size = 100 if at.type == "cpu" else 500
     with evaluating(model), torch.inference_mode(), autocast(model, precision):
         for x, y in zip(arrays.x.split(batch_size), arrays.y.split(batch_size), strict=True):
-            found = outputs(model, laid_out(preprocess(x.to(at)), model)).float()
+            found = as_float32(outputs(model, laid_out(preprocess(x.to(at)), model)))
             # Sums and not means, because the last batch may be smaller than the others.
             loss += float(plain.loss(found, y.to(at), reduction="sum"))
             # Metrics are computed in float64, which Apple GPUs do not have.
             count = task.metrics if all_metrics else task.score_sums
-            sums.append(count(found.cpu(), y.cpu()))
+            sums.append(count(map_outputs(found, Tensor.cpu), y.cpu()))
     total = merged(*sums)
     mean_loss = loss / len(arrays)
     if not all_metrics:
@@ -121,6 +122,9 @@ def outputs(model: nn.Module, x: Inputs) -> Tensor:
     example are run as one batch. This gives the same output if the network treats examples
     independently.
 
+    For a task of several outputs, the result is what forward returns: tuples, lists or dictionaries
+    of tensors [n, ...].
+
     Raises:
         Exception: any error that the network raises.
     """
@@ -138,11 +142,12 @@ def outputs(model: nn.Module, x: Inputs) -> Tensor:
             return _as_two_copies(model, x)
         except Exception:
             raise problem from None
-    if single.dim() and len(single) == 1:
+    # Without a tensor the outputs are wrong anyway, and `Task.check` says so.
+    if all(t.dim() and len(t) == 1 for t in output_tensors(single)):
         return single
     return _as_two_copies(model, x)
 
 
 def _as_two_copies(model: nn.Module, x: Inputs) -> Tensor:
     out: Tensor = call(model, join([x, x]))
-    return out[:1]
+    return rows_of_outputs(out, slice(0, 1))

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fedpress.core.examples import Arrays, Preprocess, resized
 from fedpress.core.inputs import Inputs, is_image
 from fedpress.core.log import logger
+from fedpress.core.outputs import as_float32
 from fedpress.core.parameters import tensors_under
 from fedpress.core.random import derive
 from fedpress.core.random_source import public_stream, seed_generators_
@@ -301,7 +302,7 @@ class Fit:
         with autocast(self.model, self.settings.precision):
             logits = outputs(self.model, x)
         # The loss is computed in float32: sums and logarithms are too inaccurate in bfloat16.
-        loss = self.objective(self.model, x, logits.float(), y)
+        loss = self.objective(self.model, x, as_float32(logits), y)
         # Network slimming (Liu et al. 2017, arXiv:1708.06519, equation 1).
         if self.scales:
             lengths = torch.stack([scale.abs().sum() for scale in self.scales])

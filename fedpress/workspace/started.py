@@ -24,7 +24,7 @@ OWN = ("fedpress.commands.subject:no_data", "fedpress.models.memory:held")
 
 
 def functions_of(text: str) -> list[str]:
-    """Returns the functions that a recipe names: its architecture and the source of its data.
+    """Returns the code that a recipe names: its architecture, and the source and task of its data.
 
     Args:
         text: the recipe's TOML text. If it is not valid TOML, the result is empty.
@@ -37,8 +37,12 @@ def functions_of(text: str) -> list[str]:
     except (ValueError, RecursionError):
         return []
     found: list[str] = []
-    for table, key in ((tree.get("model"), "architecture"), (tree.get("data"), "source")):
+    model, data = tree.get("model"), tree.get("data")
+    for table, key in ((model, "architecture"), (data, "source"), (data, "task")):
         name = table.get(key) if isinstance(table, dict) else None
+        # A task with options is a table.
+        if isinstance(name, dict):
+            name = name.get("kind")
         if isinstance(name, str) and ":" in name and name not in OWN and name not in found:
             found.append(name)
     return found

@@ -438,7 +438,7 @@ def test_a_file_has_no_function_called_that_the_user_did_not_name(tmp_path, name
 )  # fmt: skip
 def test_what_is_no_name_of_a_function_is_refused_without_an_offer(tmp_path, name):
     with pytest.raises(
-        ModelError, match="neither an architecture of fedpress nor module:function"
+        ModelError, match="neither a name of fedpress nor module:function"
     ) as caught:
         named_by_a_file(tmp_path, name)
     assert "allow_code" not in str(caught.value)

@@ -113,7 +113,7 @@ def test_every_command_refuses_a_function_that_its_user_did_not_name(here, shell
 def test_the_flag_lets_one_function_in_and_the_data_of_a_run_is_another(here, shell):
     said = shell("quantize", "run", "--allow-code", NET)
     assert said.code == 2
-    assert f"data.source: names the function '{DATA}'" in said.err
+    assert f"data.source: names the code '{DATA}'" in said.err
     assert f"--allow-code {DATA}" in said.err
     assert "or give the data yourself with --data SOURCE" in said.err
     said = shell("quantize", "run", "--allow-code", NET, "--allow-code", DATA)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fedpress import tasks
 from fedpress.errors import DataError, ModelError
 from fedpress.tasks import Task, merged
-from fedpress.tasks.classification import IGNORED, Classification
+from fedpress.tasks.base import IGNORED
+from fedpress.tasks.classification import Classification
 
 
 def flags(n, k, chance):

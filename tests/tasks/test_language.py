@@ -7,7 +7,7 @@ import torch
 
 from fedpress.errors import DataError, ModelError
 from fedpress.tasks import Language, merged
-from fedpress.tasks.classification import IGNORED
+from fedpress.tasks.base import IGNORED
 
 
 def batch(n=40, k=6, length=7, seed=0):

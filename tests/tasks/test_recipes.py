@@ -17,7 +17,7 @@ from fedpress.errors import RecipeError
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.start import first_state, load_data
-from fedpress.tasks.classification import IGNORED
+from fedpress.tasks.base import IGNORED
 from tests.harness import stages
 
 COMMAND = [sys.executable, "-c", "from fedpress.cli import main; main()"]

@@ -5,7 +5,7 @@ import torch
 
 from fedpress.errors import DataError, ModelError
 from fedpress.tasks import Segmentation, merged
-from fedpress.tasks.classification import IGNORED
+from fedpress.tasks.base import IGNORED
 
 NAMES = ("background", "road", "car", "sky")
 

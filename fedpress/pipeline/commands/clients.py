@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpress import tasks
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.inputs import Inputs, dtype_of, inputs_text, join, map_inputs, signature_of
 from fedpress.core.random_source import public_stream
@@ -21,6 +20,7 @@ from fedpress.pipeline.commands.given import (
     as_taken,
     check_taken,
     classes_in,
+    named_task,
     naming_parts,
     pair_of,
     task_of_targets,
@@ -150,7 +150,7 @@ class Clients:
             DataError: if labels and outputs fit no task, or the number of classes is not known.
         """
         if self.task is not None:
-            return self._named_task(self.task, y, outputs)
+            return named_task(self.task, y, outputs, tuple(self.classes or ()))
         found = task_of_targets(y, outputs)
         if found is not None and not (found.kind == "binary" and self.classes):
             return found
@@ -178,26 +178,6 @@ class Clients:
                 ),
             )
         return Classification(tuple(self.classes or map(str, range(count))))
-
-    def _named_task(
-        self, given: str | Mapping[str, Any], y: Tensor, outputs: tuple[int, ...] | None
-    ) -> Task:
-        """Makes the task that the user names. Uses only dtype and shape of the labels.
-
-        Raises:
-            RecipeError: if there is no such task.
-        """
-        kind = tasks.find(tasks.kind_of(given))
-        width = len(self.classes or ()) or (y.shape[1] if y.dim() > 1 else 1)
-        if kind.kind == "binary":
-            width = 2
-        elif kind.targets == "classes":
-            width = classes_in(outputs) or width
-        names = tuple(self.classes or map(str, range(width)))
-        # An empty tensor: a task such as regression computes mean and std of the targets, but
-        # private targets must not be read.
-        none = y[:0].to(torch.int64 if kind.targets == "classes" else torch.float32)
-        return tasks.make(given, names, none)
 
 
 def _pair(place: str, data: Any) -> tuple[Inputs, Tensor]:

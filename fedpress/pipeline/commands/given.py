@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fedpress import tasks
+from fedpress.core import consent
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.inputs import Inputs, NamedInputs, call, inputs_text, map_inputs
 from fedpress.core.random_source import public_stream
@@ -39,6 +42,7 @@ def in_memory(
     class_names: tuple[str, ...] = (),
     model: nn.Module | None = None,
     task: Task | None = None,
+    named: str | Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> FederatedData:
     """Converts data in memory to a data set whose training examples are all public.
@@ -58,6 +62,8 @@ def in_memory(
             to floats.
         task: task of a saved model. None: derived from the labels. Float labels with the shape of
             the model's output mean a regression.
+        named: the task that the user names, such as "forecast". What a task computes from targets,
+            such as their mean, is computed from the public part of the data set that is returned.
         seed: seed for the choice of test and validation examples.
 
     Raises:
@@ -81,12 +87,25 @@ def in_memory(
             place="data",
             cure="give one label for each input",
         )
+    if named is not None and (task is None or task.kind != tasks.kind_of(named)):
+        return _with_named_task(named, x, y, shape, preprocess, class_names, seed)
     task = task or task_of_targets(y, shape)
     if task is not None and task.targets != "classes":
         return _divided(Arrays(x, y.to(torch.float32)), preprocess, seed, task=task)
-    if y.dim() != 1 or y.is_floating_point() or y.is_complex():
+    # A saved task of a class at each position, such as a segmentation.
+    positions = task is not None and y.dim() > 1
+    if (y.dim() != 1 and not positions) or y.is_floating_point() or y.is_complex():
         # No task fits such labels, as of a segmentation. The inputs can still be used to calibrate.
         return unlabelled(x, preprocess)
+    if task is not None and positions:
+        return _divided(
+            Arrays(x, y.to(torch.int64)),
+            preprocess,
+            seed,
+            num_classes=len(task.names),
+            class_names=task.names,
+            task=task,
+        )
     _check_classes(y, outputs)
     # A small data set may lack the last classes, so the number of the model's outputs counts too. A
     # classification has at least two classes.
@@ -102,6 +121,68 @@ def in_memory(
         class_names=names,
         **({} if task is None else {"task": task}),
     )
+
+
+def named_task(
+    given: str | Mapping[str, Any],
+    y: Tensor,
+    outputs: tuple[int, ...] | None,
+    names: Sequence[str] = (),
+) -> Task:
+    """Makes the task that the user names. Uses only dtype and shape of the targets.
+
+    Args:
+        given: name of the task, or its name and options.
+        y: targets [n, ...].
+        outputs: shape of the model's output for one example; None if it is unknown.
+        names: names of the classes or numbers; empty: "0", "1" and so on.
+
+    Raises:
+        RecipeError: if there is no such task.
+        ModelError: if it is the user's own, and cannot be imported.
+    """
+    kind = tasks.kind_of(given)
+    # The user has named this code in the call, which is consent to call it.
+    if tasks.is_own(kind):
+        consent.allow(kind)
+    row = tasks.find(kind)
+    width = y.shape[1] if y.dim() > 1 else 1
+    if row.kind == "binary":
+        width = 2
+    elif row.targets == "classes":
+        # The first dimension of an output counts the classes, whatever positions follow.
+        width = outputs[0] if outputs else width
+    elif row.targets == "arrays":
+        width = 1
+    # An empty tensor: a task such as regression computes mean and std of the targets, but private
+    # targets must not be read.
+    none = y[:0].to(torch.int64 if row.targets == "classes" else torch.float32)
+    return tasks.make(given, tuple(names or map(str, range(width))), none)
+
+
+def _with_named_task(
+    named: str | Mapping[str, Any],
+    x: Inputs,
+    y: Tensor,
+    shape: tuple[int, ...] | None,
+    preprocess: Preprocess,
+    class_names: tuple[str, ...],
+    seed: int,
+) -> FederatedData:
+    """Returns a data set with the task that the user names, fitted on its public part."""
+    task = named_task(named, y, shape, class_names)
+    if task.targets == "classes":
+        names = {"num_classes": len(task.names), "class_names": task.names}
+        y = y.to(torch.int64)
+    else:
+        names, y = {}, y.to(torch.float32)
+    found = _divided(Arrays(x, y), preprocess, seed, task=task, **names)
+    # All columns of the targets, since a forecast takes the first one for the value now.
+    width = y.shape[1] if task.targets == "numbers" and y.dim() > 1 else len(task.names)
+    columns = class_names if len(class_names) == width else tuple(map(str, range(width)))
+    if task.targets == "classes":
+        columns = task.names
+    return replace(found, task=tasks.make(named, columns, found.public.y))
 
 
 def _check_classes(y: Tensor, outputs: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpress import storage
+from fedpress import storage, tasks
 from fedpress.core import consent
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.inputs import Shape
@@ -181,10 +181,12 @@ class ChosenModel:
             )
         # The folder may come from a stranger. Loading a source `module:function` calls the
         # function, so the user must allow it.
-        if ":" in str(table["source"]):
-            place = f"{self.run / 'settings.json'}: data.source"
+        task = table.get("task") or ""
+        named = {"source": table["source"], "task": tasks.kind_of(task)}
+        for key in (key for key, name in named.items() if ":" in name):
+            place = f"{self.run / 'settings.json'}: data.{key}"
             try:
-                consent.check(str(table["source"]), (), place)
+                consent.check(named[key], (), place)
             except ModelError as error:
                 error.add_cure(", or give the data yourself with ", Argument("data", "SOURCE"))
                 raise

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from fedpress.core.inputs import call
+from fedpress.core.outputs import as_float32, map_outputs
 from fedpress.core.parameters import trainable
 from fedpress.privacy.per_example.persample import (
     BLOCK,
@@ -153,7 +154,9 @@ def _record(query: Query) -> tuple[Tensor, list[tuple[nn.Module, Tensor, Tensor]
     if sorted(id(m) for m, _, _ in seen) != sorted(id(m) for m in owners):
         raise NotImplementedError("a layer ran more than once, or not at all")
     # Losses are computed in float32 even under autocast.
-    losses = torch.func.vmap(lambda o, t: loss_fn(o[None], t[None]))(outputs.float(), query.y)
+    losses = torch.func.vmap(
+        lambda o, t: loss_fn(map_outputs(o, lambda part: part[None]), t[None])
+    )(as_float32(outputs), query.y)
     # In the gradient of the sum of losses, each row is the output gradient of one sample.
     grads = torch.autograd.grad(losses.sum(), [edge for _, _, edge in seen])
     layers = []

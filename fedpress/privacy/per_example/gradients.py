@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.core.inputs import Inputs, call, join, map_inputs, tensors_by_name
+from fedpress.core.outputs import as_float32, rows_of_outputs
 from fedpress.core.parameters import trainable
 from fedpress.errors import RecipeError, suggestion
 from fedpress.nn.batch_norm import BatchNorm
@@ -226,7 +227,9 @@ def _losses(query: Query, rows: list[int]) -> Measured:
     # In float32 even under autocast, because losses are compared.
     for row in rows:
         at = slice(row, row + 1)
-        found.append(Sample(float(query.loss_fn(outputs[at].float(), query.y[at])), 0.0))
+        found.append(
+            Sample(float(query.loss_fn(as_float32(rows_of_outputs(outputs, at)), query.y[at])), 0.0)
+        )
     return found
 
 

@@ -62,18 +62,23 @@ def fingerprint_of(terms: Mapping[str, Any]) -> str:
     return digest_of(json.dumps(terms, sort_keys=True))[:16]
 
 
-def code_named(message: Message) -> str | None:
-    """Returns the name `module:function` of the user code that builds the model of an offer.
+def code_named(message: Message) -> list[str]:
+    """Returns the names of the user code of an offer: of its model, and of its task.
 
-    Returns None if no user code is needed, or the offer cannot be read. In the second case
-    `Offer.from_message` raises the error. Only the name is read; nothing is imported.
+    A name is `module:function` or `module:Class`. The list is empty if no user code is needed, or
+    the offer cannot be read. In the second case `Offer.from_message` raises the error. Only names
+    are read; nothing is imported.
     """
     try:
-        architecture = json.loads(read_text(message, "spec"))["architecture"]
-    except (WireError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    own = isinstance(architecture, str) and consent.NAME.fullmatch(architecture)
-    return architecture if own else None
+        spec = json.loads(read_text(message, "spec"))
+        facts = json.loads(read_text(message, "facts"))
+        # The spec may name a task too, and it must be no other one.
+        tasks_named = [spec.get("task", {}).get("kind"), facts["task"].get("kind")]
+        named = [spec["architecture"], *tasks_named]
+    except (WireError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+    own = [name for name in named if isinstance(name, str) and consent.NAME.fullmatch(name)]
+    return list(dict.fromkeys(own))
 
 
 class OfferedStage(FederateSettings):

@@ -17,6 +17,7 @@ from fedpress.compress.prune.sensitivity import densities_down_to
 from fedpress.compress.prune.targets import full_widths, next_share
 from fedpress.core.examples import Arrays
 from fedpress.core.inputs import call
+from fedpress.core.outputs import as_float32
 from fedpress.core.parameters import tensors_under
 from fedpress.core.random import derive
 from fedpress.core.random_source import public_stream
@@ -437,7 +438,7 @@ def _loss_and_score(model: nn.Module, examples: Arrays, data: FederatedData) -> 
     # need a second pass over the examples for every point.
     with differentiable(model, (), batch_statistics=True), torch.no_grad():
         for x, y in examples.batches(BATCH):
-            outputs = call(model, data.preprocess(x.to(at))).float()
+            outputs = as_float32(call(model, data.preprocess(x.to(at))))
             targets = y.to(at)
             loss += float(task.loss(outputs, targets, reduction="sum"))
             sums.append(task.score_sums(outputs, targets))
