@@ -191,6 +191,11 @@ class Predictions:
             )
         return [self.names[number] for number in self.answers.tolist()]
 
+    @property
+    def array(self) -> Tensor:
+        """What a .npy file holds: the outputs; if there are several for an example, the answers."""
+        return self.outputs if isinstance(self.outputs, Tensor) else self.answers
+
     def table(self) -> tuple[list[str], list[list[Any]]]:
         """Returns column names and one row per example: its predictions, then its probabilities.
 
@@ -200,6 +205,9 @@ class Predictions:
         answers = self.answers.reshape(len(self), -1)
         one_each = self.answers.dim() == 1 and not self.answers.is_floating_point()
         names = ["class"] if one_each else list(self.names)
+        # The answers of a task of the user, such as boxes, have other columns than its targets.
+        if tasks.is_own(self.task) and self.answers.dim() == 2:
+            names = [f"answer {at}" for at in range(answers.shape[1])]
         if answers.shape[1] != len(names):
             raise DataError(
                 f"answers of shape {list(self.answers.shape)} are no table",

@@ -97,7 +97,9 @@ def predict(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="A .csv file, or .npy for the outputs; by default CSV is printed."),
+        typer.Option(
+            help="A .csv file, or .npy for the outputs (of several, the answers); by default CSV."
+        ),
     ] = None,
     checkpoint: Weights = None,
     mean: Mean = None,
@@ -144,7 +146,7 @@ def _write(found: Predictions, out: Path | None) -> None:
 
         # Through a temporary file, so that an interrupted command leaves no half file.
         with replacing(out) as temporary, open(temporary, "wb") as binary:
-            np.save(binary, found.outputs.numpy())
+            np.save(binary, found.array.numpy())
         return
     header, rows = found.table()
     if out is None:
