@@ -17,6 +17,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
+from fedpress import tasks
 from fedpress.api.calls import DataArguments, Mean, Model, bind, call_scope, model_of
 from fedpress.api.predictors import Predictor, predictor_of
 from fedpress.core.inputs import Inputs
