@@ -393,10 +393,15 @@ def _data_set(
     found = _as_federated(data, chosen_model, given, keys)
     # A source applies `data.class_weights` when it loads the data. Data in memory have no source,
     # so the key is applied here.
-    weights = next((key.value for key in keys if key.key == "data.class_weights"), None)
+    weights = _value_of("data.class_weights", keys)
     if weights is None:
         return found
     return replace(found, task=found.task.weighted(weights, found.public.y))
+
+
+def _value_of(name: str, keys: Sequence[Override]) -> Any:
+    """Returns the value that the user gives to a key of the recipe; None if there is none."""
+    return next((key.value for key in keys if key.key == name), None)
 
 
 def _as_federated(
@@ -433,7 +438,7 @@ def _as_federated(
             class_names=chosen_model.spec.class_names if chosen_model.spec is not None else (),
             model=model,
             task=task,
-            named=next((key.value for key in keys if key.key == "data.task"), None),
+            named=_value_of("data.task", keys),
         )
     if given is not None and given.mean is None:  # mean="data"
         return replace(found, preprocess=Preprocess.fit(found.public.x))

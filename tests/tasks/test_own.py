@@ -36,7 +36,6 @@ def of_page(kind: str, wanted: str) -> str:
 def forget(*names):
     for name in names:
         sys.modules.pop(name, None)
-        own_modules._own.discard(name)
 
 
 @pytest.fixture
@@ -44,13 +43,15 @@ def folder(tmp_path, monkeypatch):
     """A folder with boxes.py, from which this process may import."""
     (tmp_path / "boxes.py").write_text(of_page("python", "class Boxes(Task)"))
     before = list(sys.meta_path)
-    monkeypatch.setattr(consent, "_for_the_process", set())
+    allowed = consent.withdraw()
     monkeypatch.chdir(tmp_path)
     own_modules.set_folders(tmp_path)
     forget("boxes")
     yield tmp_path
     forget("boxes")
     sys.meta_path[:] = before
+    consent.withdraw()
+    consent.allow(*allowed)
 
 
 @pytest.fixture
@@ -154,13 +155,19 @@ def test_the_detector_of_the_page_is_trained_cut_quantized_federated_and_exporte
     assert rows[0] == "answer 0,answer 1,answer 2,answer 3,answer 4"
     assert {float(row.split(",")[0]) for row in rows[1:]} <= {0, 1}
 
+    # The exported file predicts too, from all of its outputs.
+    of_run = fedpress.predict("run", np.load("images.npy"))
+    of_file = fedpress.predict("run/artifacts/model.onnx", np.load("images.npy"))
+    assert {*of_file.outputs} == {"sure", "boxes", "classes"}
+    torch.testing.assert_close(of_file.answers, of_run.answers, rtol=0.02, atol=0.02)
 
-def test_a_saved_model_names_its_task_which_is_refused_until_allowed(folder, boxes, monkeypatch):
+
+def test_a_saved_model_names_its_task_which_is_refused_until_allowed(folder, boxes):
     x, y = batch(boxes, 60)
     model = boxes.Detector(4)
     fedpress.train(model, data=(x.numpy(), y.numpy()), task=BOXES, epochs=1, out="run")
     forget("boxes")
-    monkeypatch.setattr(consent, "_for_the_process", set())
+    consent.withdraw()
     with pytest.raises(ModelError, match=r"spec\.task\.kind: names the code 'boxes:Boxes'"):
         fedpress.predict("run", x, allow_code=DETECTOR)
     assert "boxes" not in sys.modules, "nothing is imported before it is allowed"

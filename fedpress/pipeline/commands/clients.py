@@ -150,7 +150,7 @@ class Clients:
             DataError: if labels and outputs fit no task, or the number of classes is not known.
         """
         if self.task is not None:
-            return named_task(self.task, y, outputs, tuple(self.classes or ()))
+            return named_task(self.task, y, outputs, self.classes)
         found = task_of_targets(y, outputs)
         if found is not None and not (found.kind == "binary" and self.classes):
             return found

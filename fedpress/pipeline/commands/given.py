@@ -92,10 +92,33 @@ def in_memory(
     task = task or task_of_targets(y, shape)
     if task is not None and task.targets != "classes":
         return _divided(Arrays(x, y.to(torch.float32)), preprocess, seed, task=task)
+    return _classified(x, y, outputs, preprocess, class_names, task, seed)
+
+
+def _classified(
+    x: Inputs,
+    y: Tensor,
+    outputs: int,
+    preprocess: Preprocess,
+    class_names: tuple[str, ...],
+    task: Task | None,
+    seed: int,
+) -> FederatedData:
+    """Returns a data set of class numbers; without labels if no task fits them.
+
+    Args:
+        x: inputs [n, ...].
+        y: labels [n]; with a saved task also [n, ...], one for each position.
+        outputs: number of the model's outputs; 0 if it is unknown.
+        preprocess: standardisation of the inputs.
+        class_names: names of the model's classes.
+        task: task of a saved model; None: a classification.
+        seed: seed of the random order.
+    """
     # A saved task of a class at each position, such as a segmentation.
     positions = task is not None and y.dim() > 1
     if (y.dim() != 1 and not positions) or y.is_floating_point() or y.is_complex():
-        # No task fits such labels, as of a segmentation. The inputs can still be used to calibrate.
+        # No task fits such labels. The inputs can still be used to calibrate.
         return unlabelled(x, preprocess)
     if task is not None and positions:
         return _divided(
@@ -127,7 +150,7 @@ def named_task(
     given: str | Mapping[str, Any],
     y: Tensor,
     outputs: tuple[int, ...] | None,
-    names: Sequence[str] = (),
+    names: Sequence[str] | None = None,
 ) -> Task:
     """Makes the task that the user names. Uses only dtype and shape of the targets.
 
@@ -135,7 +158,7 @@ def named_task(
         given: name of the task, or its name and options.
         y: targets [n, ...].
         outputs: shape of the model's output for one example; None if it is unknown.
-        names: names of the classes or numbers; empty: "0", "1" and so on.
+        names: names of the classes or numbers; None or empty: "0", "1" and so on.
 
     Raises:
         RecipeError: if there is no such task.

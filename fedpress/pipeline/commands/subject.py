@@ -179,17 +179,7 @@ class ChosenModel:
                 place=f"{self.run / 'settings.json'}",
                 cure="give data=SOURCE, best with examples that the model has not seen",
             )
-        # The folder may come from a stranger. Loading a source `module:function` calls the
-        # function, so the user must allow it.
-        task = table.get("task") or ""
-        named = {"source": table["source"], "task": tasks.kind_of(task)}
-        for key in (key for key, name in named.items() if ":" in name):
-            place = f"{self.run / 'settings.json'}: data.{key}"
-            try:
-                consent.check(named[key], (), place)
-            except ModelError as error:
-                error.add_cure(", or give the data yourself with ", Argument("data", "SOURCE"))
-                raise
+        _check_code(table, self.run / "settings.json")
         # settings.json has no path, since a path may differ between machines. The recipe has one.
         try:
             path = tomllib.loads((self.run / "recipe.toml").read_text("utf-8"))["data"].get("path")
@@ -197,6 +187,24 @@ class ChosenModel:
         except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
             path = None
         return table | ({"path": path} if path else {}), int(settings["seed"])
+
+
+def _check_code(table: dict[str, Any], settings: Path) -> None:
+    """Checks that the user allows the code which the table `[data]` of a run names.
+
+    The folder may come from a stranger, and a source `module:function` or a task `module:Class` is
+    called when the data are loaded.
+
+    Raises:
+        ModelError: if the user has not allowed it.
+    """
+    named = {"source": str(table["source"]), "task": tasks.kind_of(table.get("task") or "")}
+    for key in (key for key, name in named.items() if ":" in name):
+        try:
+            consent.check(named[key], (), f"{settings}: data.{key}")
+        except ModelError as error:
+            error.add_cure(", or give the data yourself with ", Argument("data", "SOURCE"))
+            raise
 
 
 def _run_of(path: Path) -> Path | None:
