@@ -25,6 +25,8 @@ from fedpress.wire.reader import ByteReader, fail, varint, zigzag
 RAW, NBIT, ANS, SPARSE, CONTEXTS = range(5)
 """The number of each form, the first byte of packed values."""
 
+FEW = 16
+"""Shorter vectors are not entropy-coded: tables of frequencies would take more than the values."""
 MIN_TRIED = 1 << 14
 """Longer vectors of up to 8 bits a value are entropy-coded without asking whether it may pay."""
 MAX_DEPTH = 3
@@ -71,7 +73,7 @@ def shrunk_size(tensor: Tensor, *, pack_floats: bool = False, random: bool = Fal
     """Returns the number of bytes of `shrink`, exactly.
 
     Only entropy coding and zeros need the packer to run. The sizes of the forms raw and n-bit are
-    computed. For `random` integers no other form is shorter, so none is tried.
+    computed. For `FEW` or more `random` integers no other form is shorter, so none is tried.
 
     >>> shrunk_size(torch.zeros(1000)), shrunk_size(torch.arange(1000))
     (4001, 1253)
@@ -81,7 +83,8 @@ def shrunk_size(tensor: Tensor, *, pack_floats: bool = False, random: bool = Fal
     if _is_raw(tensor, pack_floats):
         return 1 + tensor.numel() * tensor.element_size()
     values = _array(tensor)
-    depth = MAX_DEPTH if random else 0
+    # A few random values may all be zero, and are then sent as a sparse tensor.
+    depth = MAX_DEPTH if random and len(values) >= FEW else 0
     plain, coded = _choose(values, tensor.is_floating_point(), _rows_of(tensor), depth)
     return len(coded) or plain.size
 
@@ -413,8 +416,7 @@ def _ans_pays(values: Ints, bits: int, size: int) -> bool:
     For long vectors this is estimated from a sample, so that incompressible values cost little
     time.
     """
-    # For so few values, frequency tables would take more bytes than the values.
-    if len(values) < 16:
+    if len(values) < FEW:
         return False
     # For a range of up to 8 bits the estimate would save little time, so coding is simply tried,
     # except for short vectors such as keys and ciphertexts, of which a secure sum sends dozens.

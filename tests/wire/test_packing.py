@@ -386,6 +386,14 @@ def test_few_random_integers_are_packed_in_the_form_that_is_computed(bits, count
     assert shrunk_size(drawn, random=True) == len(shrink(drawn))
 
 
+def test_a_handful_of_random_integers_may_all_be_zero():
+    draws = [torch.zeros(count, dtype=torch.int32) for count in range(1, 6)]
+    for count in range(1, 20):
+        drawn = torch.randint(-2, 2, (20, count), generator=chance()).to(torch.int32)
+        draws += list(drawn)
+    assert [shrunk_size(one, random=True) for one in draws] == [len(shrink(one)) for one in draws]
+
+
 def test_floats_are_raw_unless_the_sender_asks_for_less():
     zeros = torch.zeros(1000)
     assert shrink(zeros)[0] == RAW
