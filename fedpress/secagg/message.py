@@ -55,6 +55,19 @@ def read_tensor(
 ) -> Tensor:
     """Returns the tensor `name` of exactly `dtype` and `shape`, contiguous and on the CPU.
 
+    See `find_tensor` for the arguments.
+
+    Raises:
+        WireError: if the tensor is missing, is sparse, or has another type or shape.
+    """
+    return find_tensor(message, name, dtype, shape, place).detach().cpu().contiguous()
+
+
+def find_tensor(
+    message: SecAggMessage, name: str, dtype: torch.dtype, shape: Sequence[int], place: str
+) -> Tensor:
+    """Returns the tensor `name` of exactly `dtype` and `shape`, as it is in the message.
+
     Args:
         message: the received message.
         name: name of the tensor.
@@ -77,7 +90,7 @@ def read_tensor(
             place=f"{place}.{name}",
             cure="send it unchanged",
         )
-    return got.detach().cpu().contiguous()
+    return got
 
 
 def read_number(message: SecAggMessage, name: str, place: str) -> int:

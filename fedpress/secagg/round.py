@@ -16,6 +16,7 @@ from fedpress.secagg.message import (
     JSON,
     SecAggMessage,
     as_tensor,
+    find_tensor,
     read_bytes,
     read_number,
     read_tensor,
@@ -417,8 +418,8 @@ class SimulatedRound(SecureRound):
     """A round whose reports and answers have no masks and ciphertexts; see `simulated`."""
 
     def _checked(self, me: int, masked: Tensor, message: SecAggMessage) -> dict[str, np.ndarray]:
-        if not message.unmade:
-            raise _mixed("report")
+        shapes = report_shapes(self._public, me)
+        _check_unmade(message, {"masked": tuple(masked.shape), **shapes}, "report")
         return {}
 
     def _disagreement(self) -> str:
@@ -439,13 +440,29 @@ class SimulatedRound(SecureRound):
         return repeat(request, len(members))
 
     def _answer(self, message: SecAggMessage, asked: np.ndarray) -> dict[str, np.ndarray]:
-        if not message.unmade:
-            raise _mixed("shares")
+        _check_unmade(message, answer_shapes(self._public, asked), "shares")
         return {}
 
     def _unmasked_total(self) -> np.ndarray:
         self._check_enough_answers()
         return self._total
+
+
+def _check_unmade(
+    message: SecAggMessage, shapes: Mapping[str, tuple[int, ...]], place: str
+) -> None:
+    """Checks that a message has the tensors of each name in `shapes`, and that none of them is made.
+
+    Raises:
+        WireError: if a tensor is missing, has another type or shape, or is masked or encrypted.
+    """
+    # First what a round with masks refuses too, so that a faulty message has the same reason there.
+    for name, shape in shapes.items():
+        # The caller has read the masked vector, which is the only tensor that is not of bytes.
+        if name != "masked":
+            find_tensor(message, name, torch.uint8, shape, place)
+    if not message.unmade.keys() >= shapes.keys():
+        raise _mixed(place)
 
 
 def _mixed(place: str) -> WireError:

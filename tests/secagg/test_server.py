@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpress.errors import RecipeError, SecureError, WireError
-from fedpress.secagg import SecAggClient, SecAggServer, SecurePlan, identity
+from fedpress.secagg import SecAggClient, SecAggMessage, SecAggServer, SecurePlan, identity
 from fedpress.secagg.masks import word_type
 from fedpress.secagg.simulated import LEAST_UNMADE
 from fedpress.wire.message import Message, deliver, pack, packed_size, unpack
@@ -198,6 +198,49 @@ def test_masked_and_other_reports_are_not_added():
         with pytest.raises(WireError, match="same engine"):
             secure.add("c0", wrong)
         assert secure.reported == []
+
+
+def without(part, name):
+    kept = {other: tensor for other, tensor in part.tensors.items() if other != name}
+    return SecAggMessage(part.header, kept, part.unmade)
+
+
+def cut(part, name):
+    return SecAggMessage(
+        part.header, {**part.tensors, name: part.tensors[name][..., :-1]}, part.unmade
+    )
+
+
+def faults_of(by_hand, fault):
+    """Returns why a report and an answer are refused that have a fault in each of their tensors."""
+    combiner, members = group(3)
+    values, cohort = numbers(3), list(members)
+    secure = combiner.open(1, cohort, 7)
+    if by_hand:
+        secure = secure.simulated()
+    reasons = []
+
+    def refused(take, name, part):
+        for tensor in sorted(part.tensors):
+            with pytest.raises(WireError) as raised:
+                take(name, fault(part, tensor))
+            reasons.append(str(raised.value))
+        take(name, part)
+
+    for row, (name, member) in enumerate(members.items()):
+        part = member.mask(values[row], round=1, cohort=cohort, by_hand=by_hand)
+        refused(secure.add, name, part)
+    for name, request in secure.requests().items():
+        refused(secure.share, name, members[name].unmask(request, by_hand=by_hand))
+    assert torch.equal(secure.sum(), values.sum(0))
+    return reasons
+
+
+@pytest.mark.parametrize("fault", [without, cut])
+def test_a_faulty_message_of_a_simulation_is_refused_for_the_same_reason(fault):
+    reasons = faults_of(True, fault)
+    assert reasons == faults_of(False, fault)
+    assert len(reasons) == 3 * 5 + 3 * 4
 
 
 def test_the_same_question_gets_the_same_bytes_even_after_a_restart():
