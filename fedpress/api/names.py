@@ -42,6 +42,16 @@ ROWS = (
     Row("measure", "fedpress measure MODEL...", "measures size and latency in every runtime"),
     Row("evaluate", "fedpress eval MODEL", "measures accuracy and other metrics on examples"),
     Row("predict", "fedpress predict MODEL INPUTS", "returns the answers of a model to examples"),
+    Row(
+        "pipeline.drafting.draft",
+        "fedpress init --data FILE",
+        "drafts a recipe for a table, a folder of images or a function",
+    ),
+    Row(
+        "data.describe.describe_file",
+        "fedpress data describe FILE",
+        "shows types, missing values and words of a table",
+    ),
     # Commands take the path of a model, so there is no command that only loads one.
     Row("load", "MODEL of every command", "loads a saved model as a module"),
     Row("save", "fedpress save MODEL PATH", "saves a model as a folder or one file"),

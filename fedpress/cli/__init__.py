@@ -15,6 +15,7 @@ import typer
 
 import fedpress
 from fedpress.cli import completion, compress, models, network
+from fedpress.cli import data as data_commands
 from fedpress.cli.common import (
     AllowCode,
     AsJson,
@@ -60,6 +61,7 @@ app.command()(run)
 compress.add_commands(app)
 models.add_commands(app)
 network.add_commands(app)
+data_commands.add_commands(app)
 app.command()(watch)
 
 

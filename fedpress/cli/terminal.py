@@ -128,6 +128,12 @@ def show_keys(out: Console, title: str, rows: Sequence[tuple[str, str, str]]) ->
     out.print()
 
 
+def show_columns(out: Console, rows: Sequence[tuple[str, str, str, str]]) -> None:
+    """Prints name, type, number of missing cells and content of each column of a table."""
+    table = PlainTable(["Column", "Type", "Missing", "Content"], [list(row) for row in rows])
+    out.print(as_rich(table, text_columns=("Type", "Content")))
+
+
 def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
     """Prints the records of `fedpress measure`: costs, latencies, and limits of the machine.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedpress.core.examples import Arrays
 from fedpress.data.classes import number_classes
 from fedpress.data.examples import InputRows, Progress, SourceRows, TargetRows
+from fedpress.data.paths import similar_path
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
@@ -87,7 +88,7 @@ def labelled_files(
     assert path is not None, "checked by DataSettings"
     source = f"source '{settings.source}'"
     if not path.is_dir():
-        raise DataError(f"no folder '{path}'", place=source, cure="check the path")
+        raise DataError(f"no folder '{path}'", place=source, cure=similar_path(path))
     files = {client.name: _files(client, endings) for client in _folders(path)}
     if not files:
         raise DataError(f"'{path}' holds no folders", place=source, cure=f"expected {layout}")

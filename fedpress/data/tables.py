@@ -22,6 +22,7 @@ from fedpress.data.arrow import brief, read_arrow
 from fedpress.data.columns import Column
 from fedpress.data.examples import InputRows, Progress, SourceRows
 from fedpress.data.list_columns import is_list, stacked
+from fedpress.data.paths import refuse_no_path
 from fedpress.data.raw_table import RawTable, refuse_equal_names
 from fedpress.data.series import Forecasts, LabelsOfWindows, window_inputs, with_windows
 from fedpress.data.series_settings import SeriesSettings
@@ -177,9 +178,8 @@ def find(path: Path, kind: str) -> list[Path]:
     # Sorted, because the order in a folder is arbitrary, and a seed must give the same rows.
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     if not files:
-        missing = f"no such path '{path}'"
-        if folder.is_dir():
-            missing = f"no file '{folder / patterns[0]}'"
+        refuse_no_path(path, f"source '{kind}'")
+        missing = f"no file '{folder / patterns[0]}'"
         raise DataError(missing, place=f"source '{kind}'", cure="check the path")
     return files
 

@@ -1,0 +1,26 @@
+"""Says which path may be meant by one that does not exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedpress.errors import DataError, suggestion
+
+
+def similar_path(path: Path) -> str:
+    """Returns the cure for a path that does not exist: a similar name beside it, if there is one."""
+    there: list[str] = []
+    if path.parent.is_dir():
+        there = sorted(other.name for other in path.parent.iterdir())
+    return suggestion(path.name, there, "check the path")
+
+
+def refuse_no_path(path: Path, place: str) -> None:
+    """Checks that a file or folder exists; of a name with `*` only the folder is checked.
+
+    Raises:
+        DataError: if there is none; the error names a file with a similar name.
+    """
+    if path.exists() or ("*" in path.name and path.parent.is_dir()):
+        return
+    raise DataError(f"no such path '{path}'", place=place, cure=similar_path(path))
