@@ -168,14 +168,7 @@ def _has_decimal_commas(table: Any) -> bool:
 
 
 def _described(column: Column, settings: DataSettings) -> ColumnFacts:
-    values, note = column.typed(), ""
-    if column.text and is_word(values.type):
-        numbers = column.cast(pa.float64())
-        known = len(values) - values.null_count
-        as_numbers = len(numbers) - numbers.null_count
-        if known > as_numbers >= MOSTLY * known:
-            note = stray_text(column, numbers, settings)
-            values = numbers
+    values, note = _typed(column, settings)
     kind = values.type
     missing = int(pc.sum(pc.is_null(column.values, nan_is_null=True)).as_py() or 0)
     if types.is_struct(kind):
@@ -186,11 +179,29 @@ def _described(column: Column, settings: DataSettings) -> ColumnFacts:
     if types.is_temporal(kind):
         return ColumnFacts(column.name, "date", missing, distinct)
     if is_word(kind) or types.is_boolean(kind):
-        counts = _counts(values)
-        words: Type = "word" if distinct <= MOST_WORDS else "text"
-        return ColumnFacts(column.name, words, missing, distinct, counts if words == "word" else ())
+        if distinct > MOST_WORDS:
+            return ColumnFacts(column.name, "text", missing, distinct)
+        return ColumnFacts(column.name, "word", missing, distinct, _counts(values))
     if not (is_number(kind) or types.is_null(kind)):
         return ColumnFacts(column.name, "text", missing, distinct, note=f"it holds {kind}")
+    return _of_numbers(column.name, values, missing, note)
+
+
+def _typed(column: Column, settings: DataSettings) -> tuple[Any, str]:
+    """Returns the values with their type, and a note if a column of numbers has other text."""
+    values = column.typed()
+    if not (column.text and is_word(values.type)):
+        return values, ""
+    numbers = column.cast(pa.float64())
+    known = len(values) - values.null_count
+    as_numbers = len(numbers) - numbers.null_count
+    if known > as_numbers >= MOSTLY * known:
+        return numbers, stray_text(column, numbers, settings)
+    return values, ""
+
+
+def _of_numbers(name: str, values: Any, missing: int, note: str) -> ColumnFacts:
+    distinct = len(values.drop_null().unique())
     found = values.cast(pa.float64()).drop_null().to_numpy()
     found = found[np.isfinite(found)]
     spread: tuple[float, ...] = ()
@@ -198,14 +209,9 @@ def _described(column: Column, settings: DataSettings) -> ColumnFacts:
     if len(found):
         spread = (float(found.min()), float(np.median(found)), float(found.max()))
         histogram = tuple(np.histogram(found, bins=min(BARS, max(1, distinct)))[0].tolist())
+    kind: Type = "integer id" if _is_id(name, found, distinct) else "number"
     return ColumnFacts(
-        column.name,
-        "integer id" if _is_id(column.name, found, distinct) else "number",
-        missing,
-        distinct,
-        numbers=spread,
-        histogram=histogram,
-        note=note,
+        name, kind, missing, distinct, numbers=spread, histogram=histogram, note=note
     )
 
 

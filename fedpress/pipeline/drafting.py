@@ -200,11 +200,12 @@ def _of_table(
     owner = client
     if owner is None:
         owner = next((name for name in facts.clients if name != target.name), "")
+    if owner:
+        facts.column(owner)  # raises an error if there is none of this name
     chosen = [f"label: {target.name}", f"client: {owner or 'none; rows are dealt to 10 clients'}"]
     task = task or _task_for(target)
     chosen.append(f"task: {task}")
-    used = {target.name, *([facts.column(owner).name] if owner else [])}
-    left_out = [c for c in facts.columns if c.name not in used and not _is_feature(c)]
+    left_out = _left_out(facts, {target.name, owner})
     chosen += [f"left out: {c.name} ({c.type})" for c in left_out]
     gaps = [c.name for c in facts.columns if c.missing and c not in left_out]
     text = TABLE.format(
@@ -229,8 +230,10 @@ def _task_for(target: ColumnFacts) -> str:
     return "classification"
 
 
-def _is_feature(column: ColumnFacts) -> bool:
-    return column.type in ("number", "word")
+def _left_out(facts: TableFacts, used: set[str]) -> list[ColumnFacts]:
+    """Returns the columns that are no features, such as dates and numbers of rows."""
+    others = [column for column in facts.columns if column.name not in used]
+    return [column for column in others if column.type not in ("number", "word")]
 
 
 def _reading(facts: TableFacts) -> str:
