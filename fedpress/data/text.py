@@ -16,7 +16,7 @@ from fedpress.data.classes import OTHER, rows_that_define_classes
 from fedpress.data.examples import InputRows, Progress, SourceRows, TargetRows
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
-from fedpress.tasks.classification import IGNORED
+from fedpress.tasks.base import IGNORED
 
 UNKNOWN = "<unknown>"
 """Name of token 0, which stands for tokens that are not in the vocabulary, and for padding."""
