@@ -148,7 +148,7 @@ def test_class_numbers_of_positions_are_targets(monkeypatch):
         (
             np.zeros((60, 3, 2)),
             None,
-            r"sensors \[60, 1\], mask \[60, 1\] and y of shape \[60, 3, 2\]",
+            r"targets of shape \[60, 3, 2\]; expected \[n\] or \[n, k\]; .* a task of your own",
         ),
     ],
 )

@@ -72,7 +72,9 @@ def observed(keys, as_bytes):
         seen.append([getattr(record, one.name) for one in fields(record) if one.name != "seconds"])
         seen.append(server.client_scores(record.params))
     for client in clients.values():
-        seen += [client.memory.rounds, client.memory.notes]
+        # What a member of a secure sum has answered is stored only where it is masked.
+        notes = {name: note for name, note in client.memory.notes.items() if name != "member"}
+        seen += [client.memory.rounds, notes]
     return seen, transport.traffic, handed
 
 
