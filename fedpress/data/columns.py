@@ -23,6 +23,7 @@ from fedpress.data.classes import (
     with_other_class,
 )
 from fedpress.data.examples import TargetRows
+from fedpress.data.lines import place_of
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
@@ -127,13 +128,16 @@ def _cast_or_none(word: str | None, kind: Any) -> Any:
         return None
 
 
-def class_codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, ...]]:
+def class_codes(
+    column: Any, name: str, role: str, settings: DataSettings | None = None
+) -> tuple[Tensor, tuple[str, ...]]:
     """Assigns numbers to the distinct values of a column of integers or words.
 
     Args:
         column: a typed column.
         name: name of the column.
         role: "label" or "client", for errors.
+        settings: the `[data]` table, if the column has all rows of its file; for errors.
 
     Returns:
         int64 [n], positions in the second result; and the sorted values as text.
@@ -142,7 +146,7 @@ def class_codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, .
         DataError: if a value is missing, or is not a whole number, a word or a boolean.
     """
     where = f"{role} column '{name}'"
-    refuse_missing(column, where)
+    refuse_missing(column, where, settings)
     # Tables often store class numbers as floats, such as 1.0.
     if types.is_floating(column.type):
         values = column.to_numpy()
@@ -166,7 +170,7 @@ def is_whole(numbers: np.ndarray) -> np.ndarray:
     return whole
 
 
-def refuse_missing(column: Any, where: str) -> None:
+def refuse_missing(column: Any, where: str, settings: DataSettings | None = None) -> None:
     """Checks that a column of labels or clients has a value in every row.
 
     Raises:
@@ -175,7 +179,9 @@ def refuse_missing(column: Any, where: str) -> None:
     if column.null_count:
         row = pc.index(column.is_null(), True).as_py()
         raise DataError(
-            f"row {row} has no value", place=where, cure="fill it, or set missing = 'drop'"
+            f"{place_of(row, settings)} has no value",
+            place=where,
+            cure="fill it, or set missing = 'drop'",
         )
 
 
@@ -200,7 +206,7 @@ class LabelColumn:
                 of different labels is more than half the number of rows.
         """
         column = self.column.typed()
-        refuse_missing(column, self._where)
+        refuse_missing(column, self._where, self.settings)
         try:
             values, positions = np.unique(column.to_numpy(), return_inverse=True)
         except (TypeError, pa.ArrowInvalid) as error:

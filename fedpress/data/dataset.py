@@ -152,8 +152,8 @@ class FederatedData:
         if counts:
             numbers = ", ".join(f"{count:,} of the {part}" for part, count in counts.items())
             sentence = f"rows of an unknown class or word are left out: {numbers}"
-        if private and "clients" in self.left_out:
-            sentence = sentence or "rows of an unknown class or word are left out"
+        # Without other rows there is nothing to say that depends on the data.
+        if sentence and private and "clients" in self.left_out:
             sentence += "; how many of the clients' rows are among them is private"
         return sentence
 

@@ -22,6 +22,7 @@ from fedpress.data.classes import OTHER
 from fedpress.data.columns import Column, as_text, is_number, is_word, positions_in
 from fedpress.data.csv import NO_VALUE
 from fedpress.data.examples import InputRows
+from fedpress.data.lines import place_of
 from fedpress.data.preparation import InputColumn, Kind, Preparation, Unknown
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
@@ -29,6 +30,10 @@ from fedpress.errors import DataError
 # A column of words may have this many different words, because each becomes an input. A column
 # with more usually holds names or free text.
 MOST_WORDS = 100
+
+
+# A column in which at most this share of the public cells are text is one of numbers.
+MOST_STRAY = 0.1
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,8 @@ class FeatureColumns:
             if not has_list and column.text:
                 seen = values if list_is_public else values.take(pa.array(public))
                 self._refuse_decimal_commas(column, seen)
+                if not list_is_public:
+                    self._refuse_stray_text(column, public)
             words = self._words(column.name, values, public)
             names, unknown = self._with_other(words)
             block, has_unknown = one_hot_block(values, names, unknown)
@@ -179,6 +186,30 @@ class FeatureColumns:
         if self.settings.unknown == "drop":
             return words, "refused"
         return words, "zeros"
+
+    def _refuse_stray_text(self, column: Column, public: np.ndarray) -> None:
+        """Refuses a column of numbers in which a few public cells are text.
+
+        Otherwise a single word would turn each number into a word with an input of its own.
+        """
+        texts = column.values.take(pa.array(public))
+        wrong = pc.and_(
+            pc.is_null(column.cast(pa.float64()).take(pa.array(public))), pc.is_valid(texts)
+        )
+        count, known = pc.sum(wrong).as_py() or 0, len(texts) - texts.null_count
+        if not 0 < count <= MOST_STRAY * known:
+            return
+        first = pc.index(wrong, True).as_py()
+        # Quoted, because the row is public.
+        raise DataError(
+            f"it holds numbers, but {place_of(int(public[first]), self.settings)} has the text "
+            f"'{str(texts[first].as_py())[:40]}'",
+            place=f"feature column '{column.name}'",
+            cure=(
+                "write a number there or leave the cell empty; if the column holds words, add it "
+                f'to words = {{ "{column.name}" = ["WORD", "WORD"] }} or to public_words'
+            ),
+        )
 
     def _refuse_decimal_commas(self, column: Column, seen: Any) -> None:
         """Refuses a column of words that are really numbers with a decimal comma, such as 3,5."""

@@ -213,6 +213,7 @@ def _of_numbers(
     """Returns rows whose targets are numbers [n] or [n, k], or booleans [n, k] for k labels."""
     task = settings.task
     if task is None:
+        refuse_one_hot(found, where)
         task = "multilabel" if found.dtype.kind == "b" else "regression"
     kind = tasks.find(tasks.kind_of(task)).targets
     if found.ndim > 2 and kind != "arrays":
@@ -240,6 +241,22 @@ def _of_numbers(
         targets=lambda public: TargetRows(y, names, known),
         kind=kind,
     )
+
+
+def refuse_one_hot(targets: np.ndarray, where: str) -> None:
+    """Refuses floats [n, k] that are most likely classes, which a regression would predict.
+
+    Raises:
+        DataError: if each row of at least two has a single 1, and 0 elsewhere.
+    """
+    if targets.dtype.kind != "f" or targets.ndim != 2 or targets.shape[1] < 2 or len(targets) < 2:
+        return
+    if ((targets == 0) | (targets == 1)).all() and (targets.sum(1) == 1).all():
+        raise DataError(
+            "the targets look like classes in one-hot form",
+            place=where,
+            cure="give class numbers, y.argmax(1); or name the task, such as task = 'regression'",
+        )
 
 
 def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:

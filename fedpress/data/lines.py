@@ -1,4 +1,4 @@
-"""Says in which line of a CSV file a row is, as an editor counts: the header is line 1."""
+"""Says where a row is, as a person counts: lines of a CSV file with the header as line 1."""
 
 from __future__ import annotations
 
@@ -30,6 +30,21 @@ def line_of(path: Path, row: int, settings: DataSettings) -> int:
             before = reader.line_num
     # The file has changed since it was read.
     return row + 2
+
+
+def place_of(row: int, settings: DataSettings | None = None) -> str:
+    """Returns "line 7" for a row of a single CSV file, else "row 6", counted from 1.
+
+    Args:
+        row: number of the row among all rows that were read, from 0.
+        settings: the `[data]` table of the recipe; None: the row is of no file.
+    """
+    # Of several files the number within its file is not known here, nor after rows were dropped.
+    if settings is None or settings.source != "csv" or settings.missing == "drop":
+        return f"row {row + 1}"
+    if settings.path is None or not settings.path.is_file():
+        return f"row {row + 1}"
+    return f"line {line_of(settings.path, row, settings)}"
 
 
 def _encoding_of(path: Path) -> str:

@@ -21,6 +21,7 @@ from fedpress.data import columns, csv, features, huggingface, images, sql
 from fedpress.data.arrow import brief, read_arrow
 from fedpress.data.columns import Column
 from fedpress.data.examples import InputRows, Progress, SourceRows
+from fedpress.data.lines import place_of
 from fedpress.data.list_columns import is_list, stacked
 from fedpress.data.paths import refuse_no_path
 from fedpress.data.raw_table import RawTable, refuse_equal_names
@@ -80,7 +81,7 @@ def _owners(table: Any, settings: DataSettings) -> tuple[Tensor | None, tuple[st
     if not settings.client_column:
         return None, ()
     column = Column.of(table, settings.client_column, settings).typed()
-    return columns.class_codes(column, settings.client_column, "client")
+    return columns.class_codes(column, settings.client_column, "client", settings)
 
 
 def _read_series(raw: RawTable, names: list[str], settings: DataSettings) -> SourceRows:
@@ -95,7 +96,7 @@ def _read_series(raw: RawTable, names: list[str], settings: DataSettings) -> Sou
         mask = _complete(raw.values, [*names, *settings.label_columns])
         usable = mask.to_numpy(zero_copy_only=False)
     elif settings.missing == "error":
-        _refuse_gaps(raw.values, names)
+        _refuse_gaps(raw.values, names, settings)
     if not raw.values.num_rows:
         raise DataError("there are no rows", place=raw.where, cure="check the path and missing")
     raw, added, windows = with_windows(raw, usable, settings)
@@ -155,7 +156,7 @@ def _inputs(
     if len(names) == 1 and is_list(first.type):
         return lambda public: stacked(first, names[0])
     if settings.missing == "error":
-        _refuse_gaps(table, names)
+        _refuse_gaps(table, names, settings)
     read = tuple(Column.of(table, name, settings) for name in names)
     return features.FeatureColumns(read, settings).inputs
 
@@ -332,14 +333,14 @@ def _complete(table: Any, names: list[str]) -> Any:
     return complete
 
 
-def _refuse_gaps(table: Any, names: list[str]) -> None:
+def _refuse_gaps(table: Any, names: list[str], settings: DataSettings) -> None:
     for name in names:
         gaps = _is_missing(table[name])
         count = pc.sum(gaps).as_py()
         if count:
-            first = pc.index(gaps, True).as_py()
+            where = place_of(pc.index(gaps, True).as_py(), settings)
             raise DataError(
-                f"{count} of {table.num_rows} rows have no value (first: row {first})",
+                f"{count} of {table.num_rows} rows have no value (first: {where})",
                 place=f"feature column '{name}'",
                 cure="set missing = 'drop' or 'mean', or name it in drop_columns",
             )

@@ -55,7 +55,7 @@ class NumberColumns:
             DataError: if a value is missing in any column.
         """
         for column in self.columns:
-            refuse_missing(column.values, f"label column '{column.name}'")
+            refuse_missing(column.values, f"label column '{column.name}'", self.settings)
         return partition_labels_of_numbers(torch.from_numpy(as_numbers(self.columns[0]).copy()))
 
     def targets(self, public: Tensor) -> TargetRows:
@@ -99,7 +99,7 @@ class FlagColumns:
             DataError: if a value is missing.
         """
         for column in self.columns:
-            refuse_missing(column.values, f"label column '{column.name}'")
+            refuse_missing(column.values, f"label column '{column.name}'", self.settings)
         flags = np.stack([as_numbers(column) for column in self.columns], 1)
         return partition_labels_of_flags(torch.from_numpy(flags))
 

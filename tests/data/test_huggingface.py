@@ -108,7 +108,7 @@ def test_a_split_may_be_named(tmp_path):
 def test_rows_without_a_secret_label_are_missing(tmp_path):
     content = numbers(40).set_column(2, "label", pa.array([-1] + [0, 1, 1] * 13))
     write_split(tmp_path / "d", content, FEATURES)
-    with pytest.raises(DataError, match="label column 'label': row 0 has no value"):
+    with pytest.raises(DataError, match="label column 'label': row 1 has no value"):
         load(ask(tmp_path / "d"), 0)
     data = load(ask(tmp_path / "d", missing="drop"), 0)
     parts = (data.public, data.validation, data.test, *data.clients.values())

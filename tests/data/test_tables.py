@@ -134,7 +134,7 @@ def test_missing_features_are_an_error_a_dropped_row_or_the_public_mean(tmp_path
     path = write(tmp_path / "a.parquet", gaps(), "parquet")
     with pytest.raises(
         DataError,
-        match=r"feature column 'dose': 4 of 40 rows have no value \(first: row 0\); set missing",
+        match=r"feature column 'dose': 4 of 40 rows have no value \(first: row 1\); set missing",
     ):
         load(ask(path), 0)
     dropped = load(ask(path, missing="drop"), 0)
@@ -199,7 +199,7 @@ def test_another_delimiter_can_be_given(tmp_path):
             {},
             r"label column 'ill': holds list<.*>; expected whole numbers or words",
         ),
-        ({"ill": [None, "a"] * 20}, {}, r"label column 'ill': row 0 has no value"),
+        ({"ill": [None, "a"] * 20}, {}, r"label column 'ill': row 1 has no value"),
         (
             {"ill": ["a"] * ROWS},
             {},
@@ -210,7 +210,7 @@ def test_another_delimiter_can_be_given(tmp_path):
             {},
             r"label column 'ill': nearly all of the 40 rows have different labels",
         ),
-        ({"hospital": [None, "a"] * 20}, {}, r"client column 'hospital': row 0 has no value"),
+        ({"hospital": [None, "a"] * 20}, {}, r"client column 'hospital': row 1 has no value"),
         (
             {"ward": pa.array([0] * ROWS, pa.timestamp("s"))},
             {},

@@ -105,7 +105,7 @@ def test_a_source_of_classes_learns_no_numbers():
 def test_a_missing_target_is_refused_or_its_row_dropped(table):
     text = table.read_text().replace("\n3,9,3.5,", "\n3,9,,")
     table.write_text(text)
-    with pytest.raises(DataError, match="label column 'price': row 3 has no value"):
+    with pytest.raises(DataError, match="label column 'price': line 5 has no value"):
         read(table, task="regression", label_column="price")
     data = read(table, task="regression", label_column="price", missing="drop")
     rows = [*data.clients.values(), data.public, data.test]

@@ -18,6 +18,7 @@ from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.inputs import Inputs, NamedInputs, call, inputs_text, map_inputs
 from fedpress.core.random_source import public_stream
 from fedpress.data import FederatedData
+from fedpress.data.functions import refuse_one_hot
 from fedpress.errors import DataError
 from fedpress.nn.expected_input import input_cure
 from fedpress.tasks import Binary, Regression, Task
@@ -266,11 +267,15 @@ def task_of_targets(y: Tensor, outputs: tuple[int, ...] | None) -> Task | None:
     Args:
         y: the labels.
         outputs: shape of the model's output for one example; None if it is unknown.
+
+    Raises:
+        DataError: if floats look like classes in one-hot form.
     """
     if outputs is None or y.dim() not in (1, 2):
         return None
     width = 1 if y.dim() == 1 else y.shape[1]
     if y.is_floating_point() and outputs == (width,):
+        refuse_one_hot(y.numpy(), "data")
         several = tuple(f"target {at}" for at in range(width))
         return Regression(several if width > 1 else ("target",))
     if not y.is_floating_point() and outputs == (1,) and y.dim() == 1:
