@@ -137,6 +137,7 @@ def check(
     terminal.show_check(
         out_stream, f"{wanted.name}: {wanted.description}", loaded.describe(), lines
     )
+    terminal.show_inputs(out_stream, loaded, private=wanted.private)
     if elsewhere:
         _name_columns(wanted, loaded, out_stream)
     start = f"fedpress server {recipe} --public {public}" if elsewhere else f"fedpress run {recipe}"

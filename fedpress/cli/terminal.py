@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +19,9 @@ from fedpress.reports.headline import score_warning, stays_float
 from fedpress.reports.reading import stages_of
 from fedpress.reports.table import Table as PlainTable
 from fedpress.reports.table import as_rich
+
+if TYPE_CHECKING:
+    from fedpress.data import FederatedData
 
 
 def console(*, quiet: bool) -> Console:
@@ -111,6 +114,12 @@ def show_result(out: Console, before: dict[str, Any], after: dict[str, Any]) -> 
         out.print(as_rich(PlainTable(left.header[1:], rows), text_columns=("Why",)))
 
 
+# What of the data `fedpress check` shows at most.
+WORDS_SHOWN = 6
+CLIENTS_SHOWN = 12
+CLASSES_SHOWN = 6
+
+
 def show_keys(out: Console, title: str, rows: Sequence[tuple[str, str, str]]) -> None:
     """Prints the settings of one table of a recipe.
 
@@ -132,6 +141,38 @@ def show_columns(out: Console, rows: Sequence[tuple[str, str, str, str]]) -> Non
     """Prints name, type, number of missing cells and content of each column of a table."""
     table = PlainTable(["Column", "Type", "Missing", "Content"], [list(row) for row in rows])
     out.print(as_rich(table, text_columns=("Type", "Content")))
+
+
+def show_inputs(out: Console, data: FederatedData, *, private: bool) -> None:
+    """Prints how columns of a table are understood, and the classes of each client.
+
+    Everything about columns comes from public rows or the recipe.
+
+    Args:
+        out: where to print.
+        data: the loaded data set.
+        private: whether a stage has differential privacy. If so, the classes of clients are not
+            counted.
+    """
+    if data.preparation is not None:
+        rows = []
+        for column in data.preparation.columns:
+            words = ", ".join(column.words[:WORDS_SHOWN])
+            if len(column.words) > WORDS_SHOWN:
+                words += f", {len(column.words) - WORDS_SHOWN} more"
+            missing = "refused"
+            if column.fill:
+                missing = f"{column.fill[0]:.4g}" if column.kind != "words" else "mean"
+            rows.append([column.name, column.kind, str(column.width), missing, words])
+        header = ["Column", "Understood as", "Inputs", "If missing", "Words"]
+        out.print(as_rich(PlainTable(header, rows), text_columns=("Understood as", "Words")))
+    clients = data.describe(private=private)["clients"]
+    counted = {name: about["labels"] for name, about in clients.items() if "labels" in about}
+    # Many clients or classes do not fit on a screen; `--json` has all of them.
+    if not counted or len(counted) > CLIENTS_SHOWN or data.num_classes > CLASSES_SHOWN:
+        return
+    rows = [[name, *(f"{count:,}" for count in counts)] for name, counts in counted.items()]
+    out.print(as_rich(PlainTable(["Client", *data.class_names], rows)))
 
 
 def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:

@@ -31,6 +31,19 @@ def test_the_table_with_all_lists_is_a_table_of_data():
 
 
 @pytest.mark.recipe
+def test_a_file_becomes_predictions_by_the_commands_of_the_page(shell, capsys):
+    blocks = section("From a file to predictions")
+    pages.do(blocks, shell)
+    (commands,) = [block.body.splitlines() for block in blocks if block.language == "sh"]
+    assert len(commands) < 10
+    answers = Path("answers.csv").read_text().splitlines()[1:]
+    rows = Path("visits.csv").read_text().splitlines()[1:]
+    pairs = zip(answers, rows, strict=True)
+    right = sum(answer.split(",")[0] == row.split(",")[-1] for answer, row in pairs)
+    assert right / len(rows) > 0.85
+
+
+@pytest.mark.recipe
 def test_the_table_as_csv_is_checked_run_and_read_back(shell, capsys):
     names = pages.do(section("A CSV file"), shell)
     first, second = (stage["accuracy"] for stage in names["run"].result["stages"][:2])
