@@ -249,7 +249,8 @@ def test_the_standard_error_is_the_spread_between_draws_of_the_test_set(kind):
     found = task.summary(task.metrics(outputs, targets))
     key = f"{task.primary}_error"
     if key not in task.keys:
-        assert kind in ("multilabel", "segmentation")
+        # A task without a simple formula leaves the key out; also the task of the page does.
+        assert kind in ("multilabel", "segmentation", "quantile")
         return
     chance = torch.Generator().manual_seed(1)
     scores = []
