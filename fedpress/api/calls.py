@@ -421,15 +421,15 @@ def _as_federated(
         if chosen_model.spec is not None
         else Preprocess()
     )
-    task = None
-    if chosen_model.spec is not None and chosen_model.spec.task:
-        task = tasks.of_model(chosen_model.spec.task, chosen_model.spec.class_names)
+    task = _task_of_model(chosen_model)
     model = chosen_model.module if chosen_model.module is not None else chosen_model.fresh(keys)
     preprocess = given.preprocess() if given is not None and given.mean is not None else own
     if isinstance(data, Clients):
         # The task is found from the model's outputs, since the clients' labels are private.
         if chosen_model.spec is not None:
             model, task = _saved_with_task(chosen_model, chosen_model.spec)
+        elif data.task is not None:
+            task = None  # the user's task replaces that of a module
         found = data.federated(preprocess, model, task)
     else:
         found = given_data.in_memory(
@@ -443,6 +443,20 @@ def _as_federated(
     if given is not None and given.mean is None:  # mean="data"
         return replace(found, preprocess=Preprocess.fit(found.public.x))
     return found
+
+
+def _task_of_model(chosen_model: ChosenModel) -> Task | None:
+    """Returns the task of a saved model, or of a module that an earlier call has trained.
+
+    The module's outputs are in the units of its task: those of a forecast are standardised, for
+    instance. None: the model has none, or a classification, which labels and outputs tell too.
+    """
+    spec = chosen_model.spec
+    if spec is None and chosen_model.module is not None:
+        spec = memory.spec_of(chosen_model.module)
+    if spec is None or not spec.task:
+        return None
+    return tasks.of_model(spec.task, spec.class_names)
 
 
 def _saved_with_task(chosen_model: ChosenModel, spec: ModelSpec) -> tuple[nn.Module, Task | None]:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from fedpress.data import DataSettings, load
 from fedpress.data.text import UNKNOWN
 from fedpress.errors import DataError
-from fedpress.tasks.classification import IGNORED
+from fedpress.tasks.base import IGNORED
 
 REAL = Path(os.environ.get("FEDPRESS_DATA", "/nowhere"))
 
