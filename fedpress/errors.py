@@ -306,6 +306,18 @@ def inside(part: str) -> Iterator[None]:
         raise
 
 
+def first_line(error: BaseException) -> str:
+    r"""Returns the first line of an error's text, or the error's type if it has no text.
+
+    An assertion without a message has none, for instance.
+
+    >>> first_line(ValueError("wrong shape.\nat line 3")), first_line(AssertionError())
+    ('wrong shape', 'AssertionError')
+    """
+    lines = str(error).splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
 def suggestion(word: str, known: Sequence[str], otherwise: str = "") -> str:
     """Returns `did you mean 'x'?` for the most similar of the `known` words, else `otherwise`.
 

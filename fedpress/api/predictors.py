@@ -17,7 +17,7 @@ from fedpress.core.examples import Preprocess
 from fedpress.core.inputs import Inputs, inputs_text
 from fedpress.core.outputs import as_float32, is_plain, joined_outputs
 from fedpress.data import Preparation
-from fedpress.errors import ModelError
+from fedpress.errors import ModelError, first_line
 from fedpress.models import ModelSpec, memory
 from fedpress.nn.expected_input import input_cure
 from fedpress.pipeline.commands.chosen_data import Standardization
@@ -183,7 +183,7 @@ def _outputs(network: nn.Module, x: Inputs, task: Task | None) -> Tensor:
     except Exception as error:  # a user's network may raise anything
         raise ModelError(
             f"it does not take examples of {inputs_text(x)} ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]})",
+            f"{first_line(error)})",
             place="inputs",
             cure=input_cure(
                 network,

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.feather
 
-from fedpress.errors import DataError
+from fedpress.errors import DataError, first_line
 
 FILE_START = b"ARROW1"
 """First bytes of the Arrow file format, which Feather version 2 is too."""
@@ -37,12 +37,7 @@ def read_arrow(path: Path) -> Any:
             return pa.ipc.open_stream(source).read_all()
     except (OSError, pa.ArrowException) as error:
         raise DataError(
-            f"not a readable Arrow file ({brief(error)})", place=f"'{path}'", cure="copy it again"
+            f"not a readable Arrow file ({first_line(error)})",
+            place=f"'{path}'",
+            cure="copy it again",
         ) from error
-
-
-def brief(error: BaseException) -> str:
-    """Returns the first line of an error's text, or its type if it has none."""
-    if not str(error):
-        return type(error).__name__
-    return str(error).splitlines()[0].rstrip(". ")

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from fedpress.data.arrow import brief, read_arrow
+from fedpress.data.arrow import read_arrow
 from fedpress.data.raw_table import RawTable
 from fedpress.data.settings import DataSettings
-from fedpress.errors import DataError, suggestion
+from fedpress.errors import DataError, first_line, suggestion
 
 SPLITS = "dataset_dict.json"
 """File that lists the splits of a `DatasetDict`, such as train and test; each has a folder."""
@@ -64,7 +64,7 @@ def _json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"cannot be read ({brief(error)})",
+            f"cannot be read ({first_line(error)})",
             place=f"'{path}'",
             cure="write the data set anew with save_to_disk",
         ) from error
@@ -114,7 +114,7 @@ def _concatenated(tables: list[Any], path: Path) -> Any:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(
-            f"its files have columns of different types ({brief(error)})",
+            f"its files have columns of different types ({first_line(error)})",
             place=f"'{path}'",
             cure="write the data set anew with save_to_disk",
         ) from error

@@ -13,7 +13,7 @@ import torch
 from fedpress.data.examples import Progress, SourceRows
 from fedpress.data.functions import rows_of_clients
 from fedpress.data.settings import DataSettings
-from fedpress.errors import DataError
+from fedpress.errors import DataError, first_line
 
 PAIRS = (
     ("x", "y"),
@@ -122,9 +122,10 @@ def _unreadable(path: Path, error: Exception) -> DataError:
             place=f"'{path}'",
             cure="save arrays of numbers or of words, with a dtype other than object",
         )
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return DataError(
-        f"not a readable file of numpy ({reason})", place=f"'{path}'", cure="save it anew"
+        f"not a readable file of numpy ({first_line(error)})",
+        place=f"'{path}'",
+        cure="save it anew",
     )
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from fedpress.data.raw_table import RawTable, refuse_equal_names
 from fedpress.data.settings import SQLITE, DataSettings
-from fedpress.errors import Argument, DataError, suggestion
+from fedpress.errors import Argument, DataError, first_line, suggestion
 
 # Rows that are fetched at once. Each batch becomes Arrow columns, which need less memory than
 # Python objects.
@@ -188,7 +188,7 @@ def _sqlalchemy(address: str) -> Iterator[_SqlAlchemy]:
         with engine.connect() as connection:
             yield _SqlAlchemy(connection, where)
     except sqlalchemy.exc.SQLAlchemyError as error:
-        reason = _first_line(getattr(error, "orig", None) or error)
+        reason = first_line(getattr(error, "orig", None) or error)
         raise DataError(
             f"the database does not answer ({reason})",
             place=f"address {where}",
@@ -200,15 +200,10 @@ def _sqlalchemy(address: str) -> Iterator[_SqlAlchemy]:
 
 def _query_error(error: BaseException, settings: DataSettings) -> DataError:
     return DataError(
-        f"the database refuses it ({_first_line(error)})",
+        f"the database refuses it ({first_line(error)})",
         place=_key(settings),
         cure="try it in the database's own program first",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error)
-    return text.splitlines()[0].rstrip(". ") if text else type(error).__name__
 
 
 def _as_table(names: list[str], rows: list[Any], start: int, where: str) -> Any:
@@ -265,7 +260,7 @@ def _joined(batches: list[Any], where: str) -> Any:
                     cure=("correct it, or write CAST(... AS ...) in ", Argument("query", "SELECT")),
                 ) from error
         raise DataError(
-            f"rows differ in type ({_first_line(error)})",
+            f"rows differ in type ({first_line(error)})",
             place=where,
             cure="write CAST(... AS ...) in the query",
         ) from error

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedpress import tasks
 from fedpress.core.examples import Arrays
 from fedpress.data import columns, csv, features, huggingface, images, sql
-from fedpress.data.arrow import brief, read_arrow
+from fedpress.data.arrow import read_arrow
 from fedpress.data.columns import Column
 from fedpress.data.examples import InputRows, Progress, SourceRows
 from fedpress.data.lines import place_of
@@ -29,7 +29,7 @@ from fedpress.data.series import Forecasts, LabelsOfWindows, window_inputs, with
 from fedpress.data.series_settings import SeriesSettings
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import READERS, targets_of
-from fedpress.errors import DataError, suggestion
+from fedpress.errors import DataError, first_line, suggestion
 from fedpress.tasks.forecast import Forecast
 
 # With `client_column = "file"` each file is a client with the name of the file, unless the table
@@ -195,7 +195,7 @@ def read_parquet(path: Path) -> Any:
         return pyarrow.parquet.ParquetFile(path).read()
     except (OSError, pa.ArrowException) as error:
         raise DataError(
-            f"not a readable parquet file ({brief(error)})",
+            f"not a readable parquet file ({first_line(error)})",
             place=f"'{path}'",
             cure="copy it again",
         ) from error
@@ -248,7 +248,7 @@ def _concatenate(tables: list[Any], files: list[Path]) -> Any:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(
-            (f"the {len(files)} files have columns of different types ({brief(error)})"),
+            (f"the {len(files)} files have columns of different types ({first_line(error)})"),
             place=f"'{files[0]}'",
             cure="make them alike",
         ) from error

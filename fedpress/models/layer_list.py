@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from fedpress.core import limits
-from fedpress.errors import ModelError
+from fedpress.errors import ModelError, first_line
 
 NAME = "torch-layers"
 """Name that saved files give to the architecture of such a network."""
@@ -131,7 +131,7 @@ def _layer(name: str, about: dict[str, JsonValue]) -> nn.Module:
     # torch raises errors of many types for wrong arguments.
     except Exception as error:
         raise ModelError(
-            f"{kind} cannot be built ({str(error).splitlines()[0][:120]})",
+            f"{kind} cannot be built ({first_line(error)[:120]})",
             place=place,
             cure=f"give arguments that torch.nn.{kind} takes",
         ) from error

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fedpress.core.inputs import Inputs, call
-from fedpress.errors import ModelError
+from fedpress.errors import ModelError, first_line
 from fedpress.models import layer_list
 from fedpress.nn.resize import copied
 
@@ -114,7 +114,7 @@ def registered_copy(name: str) -> nn.Module:
     # torch cannot copy a tensor that was computed from others, such as those of weight_norm.
     except RuntimeError as error:
         raise ModelError(
-            f"it cannot be copied ({str(error).splitlines()[0]})",
+            f"it cannot be copied ({first_line(error)})",
             place="model",
             cure=(
                 "if the old torch.nn.utils.weight_norm is in it, take "

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fedpress.core import checksums
-from fedpress.errors import ModelError, placing
+from fedpress.errors import ModelError, first_line, placing
 from fedpress.models.spec import ModelSpec
 
 
@@ -107,4 +107,4 @@ def _first_line(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
-    return str(error).splitlines()[0]
+    return first_line(error)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedpress.errors import Argument, ModelError
+from fedpress.errors import Argument, ModelError, first_line
 from fedpress.models.foreign import identify
 
 # Keys under which training programs put the state dict in their checkpoints.
@@ -80,7 +80,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
                 cure=foreign.cure,
             ) from error
         raise ModelError(
-            f"cannot be read as plain tensors ({str(error).splitlines()[0][:120]})",
+            f"cannot be read as plain tensors ({first_line(error)[:120]})",
             place=path,
             cure="save model.state_dict() as .safetensors or with torch.save",
         ) from error

@@ -10,7 +10,7 @@ from torch import nn
 
 from fedpress.core.examples import Arrays, Preprocess, resized
 from fedpress.core.inputs import Inputs, call, is_image, shape_of, shape_text
-from fedpress.errors import Argument, TrainingError
+from fedpress.errors import Argument, TrainingError, first_line
 from fedpress.nn.batch_norm import ONE_VALUE, BatchNorm, uses_batch_statistics
 from fedpress.nn.resize import copied
 from fedpress.tasks import Task
@@ -116,7 +116,7 @@ def _check_image_sizes(
             evaluate(model, two, preprocess, task)
         except RuntimeError as error:
             raise TrainingError(
-                f"the model cannot take images of {side} pixels ({str(error).splitlines()[0]})",
+                f"the model cannot take images of {side} pixels ({first_line(error)})",
                 place="image_sizes",
                 cure="leave image_sizes out, or use a network that pools, such as resnet18",
             ) from error

@@ -323,3 +323,20 @@ def test_the_cure_for_another_order_of_axes_works_on_arrays_too():
         fedpress.predict(module, x)
     cure = re.search(r"give (torch\.as_tensor\(x\).*?), examples", str(raised.value))[1]
     assert len(fedpress.predict(module, eval(cure, {"torch": torch, "x": x}))) == 8
+
+
+class Asserting(nn.Module):
+    """A network that checks its input as many do: without a message."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        assert x.shape[1] == 3
+        return self.layer(x)
+
+
+def test_an_assertion_without_a_message_becomes_an_error_with_a_cure():
+    with pytest.raises(ModelError, match=r"\(AssertionError: .*takes examples of shape \[3\]"):
+        fedpress.predict(Asserting(), torch.zeros(4, 5))
