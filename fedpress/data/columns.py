@@ -93,6 +93,22 @@ class Column:
             read = [_cast_or_none(word, kind) for word in words.to_pylist()]
             return pa.chunked_array([pa.array(read, kind)]).take(pc.index_in(text, words))
 
+    def stray_texts(self, rows: np.ndarray) -> tuple[int, int]:
+        """Returns how many texts in `rows` are no numbers, and where the first of them stands.
+
+        Args:
+            rows: positions of the rows to look at.
+
+        Returns:
+            The number of such texts, and the position of the first one in the column; -1 if there
+            is none.
+        """
+        at = pa.array(rows)
+        numbers = self.cast(pa.float64()).take(at)
+        wrong = pc.and_(pc.is_null(numbers), pc.is_valid(self.values.take(at)))
+        first = pc.index(wrong, True).as_py()
+        return pc.sum(wrong).as_py() or 0, int(rows[first]) if first >= 0 else -1
+
     def _kind(self, values: Any) -> Any:
         """Returns the first of `TEXT_KINDS` to which all texts can be converted, else strings."""
         known = values.drop_null()

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from fedpress.data.settings import DataSettings
-from fedpress.errors import DataError
+from fedpress.errors import DataError, first_line
 
 # Texts that stand for a missing cell.
 NO_VALUE = ["", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
@@ -60,7 +60,7 @@ def read_csv(path: Path, settings: DataSettings) -> Any:
     for start, what, cure in FOREIGN:
         if head.startswith(start):
             raise DataError(f"this is {what}, not CSV", place=f"'{path}'", cure=cure)
-    encoding = settings.encoding or _declared_encoding(head)
+    encoding = settings.encoding or declared_encoding(head)
     try:
         return _parse(path, settings.delimiter, encoding, newlines=False)
     except (UnicodeError, pa.ArrowException, OSError) as error:
@@ -95,7 +95,7 @@ def delimiter_of(path: Path, usual: str = ",", encoding: str | None = None) -> s
             head = file.read(HEAD)
     except OSError:
         return usual
-    lines = head.decode(encoding or _declared_encoding(head), "replace").splitlines()
+    lines = head.decode(encoding or declared_encoding(head), "replace").splitlines()
     header = lines[0] if lines else ""
     if usual in header:
         return usual
@@ -120,7 +120,7 @@ def _parse(path: Path, delimiter: str, encoding: str, *, newlines: bool) -> Any:
     )
 
 
-def _declared_encoding(head: bytes) -> str:
+def declared_encoding(head: bytes) -> str:
     """Returns the encoding that a byte order mark declares; UTF-8 if there is none."""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
@@ -220,7 +220,7 @@ def refuse_other_delimiter(
 
 def _brief(error: BaseException) -> str:
     """Returns the reason of an error, without the text of the row: this may be private."""
-    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    message = first_line(error)
     found = re.search(r"(Row #\d+: )?Expected \d+ columns, got \d+", message)
     if found:
         return found[0]

@@ -18,9 +18,9 @@ from pyarrow import types
 
 from fedpress.data import csv, tables
 from fedpress.data.columns import Column, is_number, is_word
-from fedpress.data.features import MOST_WORDS
+from fedpress.data.features import MOST_STRAY, MOST_WORDS
 from fedpress.data.labelled_rows import TABLES
-from fedpress.data.lines import line_of
+from fedpress.data.lines import place_of
 from fedpress.data.paths import refuse_no_path
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, suggestion
@@ -28,8 +28,6 @@ from fedpress.errors import DataError, suggestion
 Type = Literal["number", "integer id", "word", "text", "date", "image", "list"]
 """Type of a column, as fedpress understands it."""
 
-# A column of text counts as numbers if at least this share of its cells are numbers.
-MOSTLY = 0.9
 # Number of bars of a histogram.
 BARS = 12
 # Most classes that a column of whole numbers may have to be taken for a label of classes.
@@ -192,12 +190,12 @@ def _typed(column: Column, settings: DataSettings) -> tuple[Any, str]:
     values = column.typed()
     if not (column.text and is_word(values.type)):
         return values, ""
-    numbers = column.cast(pa.float64())
-    known = len(values) - values.null_count
-    as_numbers = len(numbers) - numbers.null_count
-    if known > as_numbers >= MOSTLY * known:
-        return numbers, stray_text(column, numbers, settings)
-    return values, ""
+    count, first = column.stray_texts(np.arange(len(values)))
+    if not 0 < count <= MOST_STRAY * (len(values) - values.null_count):
+        return values, ""
+    word = str(column.values[first].as_py())[:40]
+    note = f"{count:,} of its cells are no numbers, such as '{word}' in {place_of(first, settings)}"
+    return column.cast(pa.float64()), note
 
 
 def _of_numbers(name: str, values: Any, missing: int, note: str) -> ColumnFacts:
@@ -213,23 +211,6 @@ def _of_numbers(name: str, values: Any, missing: int, note: str) -> ColumnFacts:
     return ColumnFacts(
         name, kind, missing, distinct, numbers=spread, histogram=histogram, note=note
     )
-
-
-def stray_text(column: Column, numbers: Any, settings: DataSettings) -> str:
-    """Returns a sentence that names the first text in a column of numbers.
-
-    Args:
-        column: the column as text.
-        numbers: the same column as numbers, null where the text is no number.
-        settings: how the file was read.
-    """
-    wrong = pc.and_(pc.is_null(numbers), pc.is_valid(column.values))
-    count, first = pc.sum(wrong).as_py(), pc.index(wrong, True).as_py()
-    word = str(column.values[first].as_py())[:40]
-    where = f"row {first + 1}"
-    if settings.path is not None and settings.path.is_file():
-        where = f"line {line_of(settings.path, first, settings)}"
-    return f"{count:,} of its cells are no numbers, such as '{word}' in {where}"
 
 
 def _is_id(name: str, found: np.ndarray, distinct: int) -> bool:

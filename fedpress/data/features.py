@@ -30,9 +30,7 @@ from fedpress.errors import DataError
 # A column of words may have this many different words, because each becomes an input. A column
 # with more usually holds names or free text.
 MOST_WORDS = 100
-
-
-# A column in which at most this share of the public cells are text is one of numbers.
+# A column in which at most this share of the cells are text is one of numbers.
 MOST_STRAY = 0.1
 
 
@@ -192,18 +190,14 @@ class FeatureColumns:
 
         Otherwise a single word would turn each number into a word with an input of its own.
         """
+        count, first = column.stray_texts(public)
         texts = column.values.take(pa.array(public))
-        wrong = pc.and_(
-            pc.is_null(column.cast(pa.float64()).take(pa.array(public))), pc.is_valid(texts)
-        )
-        count, known = pc.sum(wrong).as_py() or 0, len(texts) - texts.null_count
-        if not 0 < count <= MOST_STRAY * known:
+        if not 0 < count <= MOST_STRAY * (len(texts) - texts.null_count):
             return
-        first = pc.index(wrong, True).as_py()
         # Quoted, because the row is public.
         raise DataError(
-            f"it holds numbers, but {place_of(int(public[first]), self.settings)} has the text "
-            f"'{str(texts[first].as_py())[:40]}'",
+            f"it holds numbers, but {place_of(first, self.settings)} has the text "
+            f"'{str(column.values[first].as_py())[:40]}'",
             place=f"feature column '{column.name}'",
             cure=(
                 "write a number there or leave the cell empty; if the column holds words, add it "

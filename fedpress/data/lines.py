@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from fedpress.data.csv import declared_encoding
 from fedpress.data.settings import DataSettings
 
 
@@ -49,5 +50,6 @@ def place_of(row: int, settings: DataSettings | None = None) -> str:
 
 def _encoding_of(path: Path) -> str:
     with open(path, "rb") as file:
-        head = file.read(2)
-    return "utf-16" if head in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        encoding = declared_encoding(file.read(2))
+    # A mark before the first cell would hide its quotation marks.
+    return "utf-8-sig" if encoding == "utf-8" else encoding

@@ -63,17 +63,33 @@ def prepare(rows: Sequence[Mapping[str, Any]], preparation: Preparation) -> Tens
     """
     cells: dict[str, list[Any]] = {}
     for column in preparation.columns:
-        for at, row in enumerate(rows):
-            if column.name not in row:
-                raise DataError(
-                    f"there is no column '{column.name}'",
-                    place=AS_TRAINED.place(at),
-                    cure="add the column, with None where it has no value",
-                )
+        refuse_rows_without(rows, column.name, AS_TRAINED.place)
         cells[column.name] = [row[column.name] for row in rows]
     x = raw_inputs(cells, preparation, AS_TRAINED)
     # The exported network does not standardise, so it is done here.
     return Preprocess(preparation.mean, preparation.std)(x)
+
+
+def refuse_rows_without(
+    rows: Sequence[Mapping[str, Any]], name: str, place: Callable[[int], str]
+) -> None:
+    """Checks that each row has a column.
+
+    Args:
+        rows: a dictionary for each row.
+        name: name of the column.
+        place: returns where a row is, for errors.
+
+    Raises:
+        DataError: if a row lacks the column.
+    """
+    for at, row in enumerate(rows):
+        if name not in row:
+            raise DataError(
+                f"there is no column '{name}'",
+                place=place(at),
+                cure="add the column, with None where it has no value",
+            )
 
 
 def raw_inputs(

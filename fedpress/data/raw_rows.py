@@ -16,8 +16,9 @@ from torch import Tensor
 from fedpress.data import csv, tables
 from fedpress.data.labelled_rows import TABLES
 from fedpress.data.lines import line_of
-from fedpress.data.new_rows import Strictness, raw_inputs
+from fedpress.data.new_rows import Strictness, raw_inputs, refuse_rows_without
 from fedpress.data.preparation import Preparation
+from fedpress.data.raw_table import refuse_equal_names
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
@@ -114,15 +115,8 @@ def _of_file(path: Path, about: Preparation) -> tuple[dict[str, list[Any]], Call
 
 def _columns(table: Any) -> dict[str, list[Any]]:
     """Returns the cells of each column of a pyarrow table."""
-    names = table.column_names
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise DataError(
-            f"two columns are named '{twice[0]}'",
-            place="rows",
-            cure="give each a different name",
-        )
-    return {name: table[name].to_pylist() for name in names}
+    refuse_equal_names(table.column_names, "rows")
+    return {name: table[name].to_pylist() for name in table.column_names}
 
 
 def _in_memory(rows: Any, about: Preparation) -> dict[str, list[Any]]:
@@ -140,13 +134,8 @@ def _in_memory(rows: Any, about: Preparation) -> dict[str, list[Any]]:
         found[name] = [row.get(name) for row in rows]
     # A missing key is most likely a mistake, even where the training would fill an empty cell.
     for column in about.columns:
-        for at, row in enumerate(rows):
-            if column.name in found and column.name not in row:
-                raise DataError(
-                    f"there is no column '{column.name}'",
-                    place=f"rows[{at}]",
-                    cure="add the column, with None where it has no value",
-                )
+        if column.name in found:
+            refuse_rows_without(rows, column.name, "rows[{}]".format)
     return found
 
 

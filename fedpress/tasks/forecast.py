@@ -197,11 +197,11 @@ class Forecast(Task):
         warning = None
         if broken:
             warning = f"the model's outputs are not finite on {broken:,} of {n:,} test examples"
-        elif skill is not None and skill <= 0:
+        elif persistence is not None and skill is not None and skill <= 0:
             warning = (
                 f"with a mean absolute error of {float(mae.mean()):.4g} the model is no better "
                 "than always answering the last observed value "
-                f"({float(sums['persistence'].mean() / n):.4g})"
+                f"({float(persistence.mean()):.4g})"
             )
         of_horizon: list[JsonValue] | None = None
         if persistence is not None:
