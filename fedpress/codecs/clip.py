@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from fedpress.codecs.base import Bound, Encoded, Key
+from fedpress.core.settings import SETTINGS
 from fedpress.privacy.noise.mechanism import clip
 
 
@@ -19,7 +20,7 @@ class Clip(BaseModel):
     Bound(size=3, l2=1.0, linf=1.0, integer=False, spread=inf, shapes=(), decoded_l2=1.0)
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["clip"] = "clip"
     clip_norm: float = Field(

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from fedpress.codecs.base import Bound, Encoded, Key, check_values
 from fedpress.core.finite import CHUNK
 from fedpress.core.random_source import RandomSource
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.noise.skellam import rounded_sensitivity
 
@@ -43,7 +44,7 @@ class Discretize(BaseModel):
     them.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["discretize"] = "discretize"
     bits: int | None = Field(

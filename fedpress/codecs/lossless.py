@@ -8,10 +8,11 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 
 from fedpress.codecs.base import Bound, Encoded, Key
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import RecipeError, WireError
 
 PLANES = 4
@@ -31,7 +32,7 @@ class Lossless(BaseModel):
     True
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["lossless"] = "lossless"
 

@@ -7,10 +7,11 @@ from math import prod
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from fedpress.codecs.base import Bound, Encoded, Key, check_values
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import RecipeError, WireError
 
 
@@ -26,7 +27,7 @@ class LowRank(BaseModel):
     feedback: it adds what was lost to the client's next update.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["lowrank"] = "lowrank"
     rank: int = Field(

@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from fedpress.codecs.base import Bound, Encoded, Key, check_values
 from fedpress.core import random
+from fedpress.core.settings import SETTINGS
 from fedpress.privacy.noise import skellam
 from fedpress.privacy.noise.mechanism import noise_sum
 from fedpress.privacy.plan import PrivacyPlan
@@ -23,7 +24,7 @@ class Noise(BaseModel):
     follow from a privacy budget. For a guarantee, use the key `privacy = {...}` instead.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["noise"] = "noise"
     std: float = Field(

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from fedpress.codecs.base import Bound, Encoded, Key, Transform, check_values
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import RecipeError, WireError
 
 
@@ -24,7 +25,7 @@ class Powers(BaseModel):
     True
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["powers"] = "powers"
     k: int = Field(

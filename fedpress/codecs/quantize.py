@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from fedpress.codecs.base import Bound, Encoded, Key, Transform
@@ -29,6 +29,7 @@ from fedpress.codecs.levels import (
     uniform,
 )
 from fedpress.codecs.rate import RateQuantizer
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import Argument, RecipeError, SettingError
 
 
@@ -43,7 +44,7 @@ class Quantize(BaseModel):
     True
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["quantize"] = "quantize"
     rate: float | None = Field(
@@ -109,7 +110,7 @@ class Sign(BaseModel):
     True
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["sign"] = "sign"
     block: int = Field(default=4096, ge=16, le=1 << 20, description="values that share one scale")
@@ -134,7 +135,7 @@ class Ternary(BaseModel):
     True
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["ternary"] = "ternary"
     block: int = Field(default=4096, ge=16, le=1 << 20, description="values that share one scale")

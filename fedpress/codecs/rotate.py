@@ -9,11 +9,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from fedpress.codecs.base import Bound, Encoded, Key, check_values
 from fedpress.core.finite import CHUNK
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import RecipeError
 
 FACTOR = 4
@@ -31,7 +32,7 @@ class Rotate(BaseModel):
     positions 0 to 3 and 4 to 7, and then at 6 to 9.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["rotate"] = "rotate"
     block: int = Field(

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from fedpress.codecs.base import Bound, Encoded, Key, check_values
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import RecipeError
 
 
@@ -22,7 +23,7 @@ class TopK(BaseModel):
     client's next update (Stich et al. 2018, arXiv:1809.07599).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["topk"] = "topk"
     density: float = Field(default=0.01, gt=0, le=1, description="share of the values that is kept")
@@ -68,7 +69,7 @@ class RandomK(BaseModel):
     error feedback, which adds what was not sent to the client's next update.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["randomk"] = "randomk"
     density: float = Field(default=0.1, gt=0, le=1, description="share of the values that is sent")

@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from fedpress.core.inputs import Inputs, call, shape_of, shape_text
 from fedpress.core.outputs import as_float32, output_tensors, outputs_text
 from fedpress.core.random_source import RandomSource, public_stream
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import TrainingError, renaming, suggestion
 from fedpress.tasks import Task
 
@@ -32,7 +33,7 @@ class DistillSettings(BaseModel):
     has this name in both networks, else a pair [student's name, teacher's name].
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     temperature: float = Field(
         default=4.0,

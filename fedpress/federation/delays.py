@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, Protocol, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from fedpress.core.names import ClientId
 from fedpress.core.random_source import public_stream
+from fedpress.core.settings import SETTINGS
 
 
 class Delays(Protocol):
@@ -32,7 +33,7 @@ class Delays(Protocol):
 class Constant(BaseModel):
     """Every client always takes the same time."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["constant"] = "constant"
     seconds: float = Field(
@@ -56,7 +57,7 @@ class Lognormal(BaseModel):
     client in six takes at least 2.7 times as long as the median, and one in 44 at least 7.4 times.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["lognormal"] = "lognormal"
     median: float = Field(
@@ -90,7 +91,7 @@ class Lognormal(BaseModel):
 class Exponential(BaseModel):
     """Equal devices; the time of a task has an exponential distribution."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["exponential"] = "exponential"
     mean: float = Field(

@@ -12,7 +12,7 @@ from math import isfinite
 from typing import Literal, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from fedpress.codecs import Key
@@ -22,6 +22,7 @@ from fedpress.core.examples import Arrays
 from fedpress.core.inputs import Inputs, tensors_by_name
 from fedpress.core.parameters import trainable
 from fedpress.core.random_source import RandomSource, seed_generators_
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import Argument, DivergedError, RecipeError, TrainingError
 from fedpress.federation.vectors import Vectors
 from fedpress.models.norms import freeze_batch_norm_
@@ -47,7 +48,7 @@ class LocalSettings(BaseModel):
     If privacy protects single examples (unit "sample"), the privacy plan replaces `epochs`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     epochs: int = Field(
         default=1,

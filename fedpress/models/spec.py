@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from pydantic import (
     BaseModel,
-    ConfigDict,
     JsonValue,
     SerializerFunctionWrapHandler,
     model_serializer,
@@ -26,6 +25,7 @@ from torch.nn.parameter import is_lazy
 from fedpress.core import consent, limits, own_modules
 from fedpress.core.inputs import Inputs, NamedInputs, Shape, shape_text, shapes_in
 from fedpress.core.random_source import Source, as_random_source
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import ModelError, SettingError, renaming, suggestion
 from fedpress.models import layer_list, memory
 from fedpress.models.plain import CNN, MLP
@@ -94,7 +94,7 @@ class ModelSpec(BaseModel):
             it. Empty for examples that are no rows of a table.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     architecture: str
     arguments: dict[str, JsonValue] = {}

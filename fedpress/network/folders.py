@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from fedpress.core.names import ClientId
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import NetworkError
 from fedpress.network import keys
 from fedpress.network.units import client_dockerfile, client_unit, server_dockerfile, server_unit
@@ -47,7 +48,7 @@ T = TypeVar("T", bound=BaseModel)
 class ServerConfig(BaseModel):
     """The file `server.toml`: where the server listens, and which clients' keys it accepts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     host: str = Field(description="the name or address by which clients reach the server")
     port: int = Field(PORT, ge=1, le=65535, description="the one port that must be open")
@@ -58,7 +59,7 @@ class ServerConfig(BaseModel):
 class ClientConfig(BaseModel):
     """The file `client.toml`: name of the client, and address of its server."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     name: ClientId = Field(description="name of this client in server.toml")
     server: str = Field(description="host:port of the server")

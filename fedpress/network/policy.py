@@ -13,12 +13,12 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
 )
 
 from fedpress.core import consent
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import PolicyError, SettingError, suggestion
 from fedpress.models import ARCHITECTURES
 
@@ -77,7 +77,7 @@ def _no_privacy(value: Any) -> Any:
 class PrivacyRules(BaseModel):
     """The section `[privacy]`: which differential privacy every run must promise."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     unit: Literal["sample", "client"] = Field(
         default="sample",
@@ -118,7 +118,7 @@ class Policy(BaseModel):
     Example: `min_cohort = 5` alone allows all models, but only rounds with at least 5 clients.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     server: Annotated[str, AfterValidator(_fingerprint)] | None = Field(
         default=None,

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, model_validator
 from torch import Tensor
 
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import SettingError
 
 TINY = torch.finfo(torch.float32).tiny
@@ -42,7 +43,7 @@ class WeightQuantization(BaseModel):
     7
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["int", "ternary", "binary", "codebook"] = "int"
     bits: int = Field(8, ge=1, le=8)
@@ -130,7 +131,7 @@ class InputQuantization(BaseModel):
     (True, False)
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     bits: int = Field(8, ge=1, le=8)
     dynamic: bool = False
@@ -177,7 +178,7 @@ class QuantizationScheme(BaseModel):
     True
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     weights: WeightQuantization | None = None
     inputs: InputQuantization | None = None

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from fedpress import deploy
 from fedpress.core.inputs import Inputs
 from fedpress.core.random_source import public_stream
+from fedpress.core.settings import SETTINGS
 from fedpress.deploy import FORMATS, Artifact, Job
 from fedpress.deploy.examples import InputSpec
 from fedpress.errors import Argument, DataError, SettingError
@@ -42,7 +43,7 @@ class ExportStage(BaseModel, Stage):
     reports_artifact: ClassVar = True
     several_inputs: ClassVar = True
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["export"]
     name: Name = "export"

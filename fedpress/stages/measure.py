@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import nn
 
 from fedpress import deploy, storage
 from fedpress.compress import cost
 from fedpress.core.inputs import Inputs
 from fedpress.core.random_source import public_stream
+from fedpress.core.settings import SETTINGS
 from fedpress.deploy import FORMATS, Candidate, Job
 from fedpress.deploy.examples import InputSpec, example_of, take_rows
 from fedpress.stages.base import Stage
@@ -33,7 +34,7 @@ class MeasureStage(BaseModel, Stage):
     changes_model: ClassVar = False
     repeats_measurements: ClassVar = True
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["measure"]
     name: Name = "measure"

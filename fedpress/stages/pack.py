@@ -6,9 +6,10 @@ from collections.abc import Generator
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from fedpress import storage
+from fedpress.core.settings import SETTINGS
 from fedpress.stages import inputs
 from fedpress.stages.base import Stage
 from fedpress.workspace.atomic import writing
@@ -22,7 +23,7 @@ class PackStage(BaseModel, Stage):
     changes_model: ClassVar = False
     needs_buildable_spec: ClassVar = True
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["pack"]
     name: Name = "pack"

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import ModelError, SettingError
 from fedpress.nn.quantized import is_qparam, quantized_weights
 
@@ -31,7 +32,7 @@ Size = Annotated[int, Field(ge=0, lt=1 << 48, strict=True)]
 class Blob(BaseModel):
     """Tensors of one dtype, stored one after another: name -> shape."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     dtype: Type
     tensors: dict[str, tuple[Size, ...]] = Field(min_length=1)
@@ -48,7 +49,7 @@ class TensorTable(BaseModel):
         same: name of a tensor -> name of the earlier tensor with which it shares its memory.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     blobs: dict[str, Blob]
     same: dict[str, str] = {}

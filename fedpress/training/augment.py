@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from fedpress.core.inputs import Inputs, is_image
 from fedpress.core.random_source import Source, as_random_source
+from fedpress.core.settings import SETTINGS
 
 
 class Augment(BaseModel):
@@ -21,7 +22,7 @@ class Augment(BaseModel):
     "alternate" then does the same as "random".
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     crop: float = Field(
         default=0.0,

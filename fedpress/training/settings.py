@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import Argument, SettingError
 from fedpress.training.augment import Augment
 from fedpress.training.device import Precision
@@ -62,7 +63,7 @@ class TrainSettings(BaseModel):
     of quantizers. See `docs/training.md`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     # 0 is allowed: the stage then does only its other work, such as rounding weights.
     epochs: int = Field(ge=0, description="passes over the public part")

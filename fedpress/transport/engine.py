@@ -12,9 +12,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from fedpress.core.names import ClientId
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import Argument, RecipeError, SettingError, Words, suggestion
 from fedpress.federation import Transport
 from fedpress.transport.actor import Side
@@ -68,7 +69,7 @@ class LocalSettings(BaseModel):
             "real": they are converted to bytes and back, as over a network. The results are equal.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["local"] = "local"
     bytes: Literal["computed", "real"] = "computed"
@@ -115,7 +116,7 @@ class StackedSettings(BaseModel):
         at_once: largest number of clients in it; None: up to 128, fewer of large models.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["stacked"] = "stacked"
     at_once: int | None = Field(default=None, ge=1)
@@ -130,7 +131,7 @@ def open_stacked(settings: StackedSettings) -> Iterator[StackedEngine]:
 class AutoSettings(BaseModel):
     """Settings of the default engine: there are none except its name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["auto"] = "auto"
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 
 from fedpress.codecs import Bound, Key
 from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
+from fedpress.core.settings import SETTINGS
 from fedpress.federation.aggregators.base import Contribution, Total, Weights
 from fedpress.federation.exchange import Transport
 from fedpress.federation.vector_codec import VectorCodec
@@ -27,7 +28,7 @@ class CoordinateWise(BaseModel):
     It keeps all updates of a round in memory: cohort x d float32 values.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     def centre(self, rows: Tensor) -> Tensor:
         """Returns the centre [d] of each column of `rows` [n, d] in float64."""

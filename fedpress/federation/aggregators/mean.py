@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 
 from fedpress.codecs import Bound, Key
 from fedpress.core.canonical import JSON
 from fedpress.core.finite import CHUNK
 from fedpress.core.names import ClientId
+from fedpress.core.settings import SETTINGS
 from fedpress.federation.aggregators.base import Contribution, Total, Weights
 from fedpress.federation.exchange import Transport
 from fedpress.federation.vector_codec import VectorCodec
@@ -26,7 +27,7 @@ costs one further addition."""
 class Mean(BaseModel):
     """Adds weight x update over all clients; the server later divides the sum."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["mean"] = "mean"
 

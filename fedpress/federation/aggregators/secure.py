@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from fedpress.codecs import VALUES, Bound, Key, Transform
 from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.federation.aggregators.base import Contribution, Total, Weights
 from fedpress.federation.exchange import Transport, exchange
@@ -28,7 +29,7 @@ from fedpress.wire.message import Message
 class Secure(BaseModel):
     """The value `aggregator = "secure"` of a recipe. The stage makes a `SecureSum` in its place."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["secure"] = "secure"
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor, nn
 
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import RecipeError
 from fedpress.federation.algorithms.optimizers import Average, Server
 from fedpress.federation.local import LocalSettings, LocalWork, Measures
@@ -161,7 +162,7 @@ class AlgorithmRow(BaseModel):
     Example: FedProx overrides `client_update`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     @property
     def optimizer(self) -> Server:

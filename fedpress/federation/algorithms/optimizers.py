@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Literal, Protocol, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
+
+from fedpress.core.settings import SETTINGS
 
 ServerState: TypeAlias = dict[str, Tensor]
 """The tensors that an optimizer keeps between rounds, such as `velocity`."""
@@ -36,7 +38,7 @@ class Average(BaseModel):
     ({}, tensor([1., 1.]))
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["average"] = "average"
     lr: float = Field(default=1.0, gt=0, description="factor on the mean update; 1 is plain FedAvg")
@@ -55,7 +57,7 @@ class Average(BaseModel):
 class Momentum(BaseModel):
     """FedAvgM: v = beta v + update; x = x + lr v (Hsu, Qi & Brown 2019, arXiv:1909.06335)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["momentum"] = "momentum"
     lr: float = Field(default=1.0, gt=0, description="factor on the velocity of the mean updates")
@@ -76,7 +78,7 @@ class Momentum(BaseModel):
 class Adam(BaseModel):
     """FedAdam: Adam without bias correction (Reddi et al. 2021, arXiv:2003.00295, algorithm 2)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["adam"] = "adam"
     lr: float = Field(default=0.01, gt=0, description="learning rate of the server")

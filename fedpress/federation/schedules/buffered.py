@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from fedpress.core.names import ClientId
 from fedpress.core.random_source import private_stream
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import RecipeError
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.schedules.base import (
@@ -32,7 +33,7 @@ class Buffered(BaseModel):
     buffer. An update that is s steps old is multiplied by (1 + s)^-staleness_exponent.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["buffered"] = "buffered"
     buffer: int = Field(default=10, ge=1, description="updates in one server step")

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from torch import Tensor
 
 from fedpress.core.names import ClientId
+from fedpress.core.settings import SETTINGS
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.schedules.base import (
     Assignment,
@@ -53,7 +54,7 @@ class Synchronous(BaseModel):
             2019, arXiv:1902.01046, section 2).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["synchronous"] = "synchronous"
     deadline: Annotated[float | None, BeforeValidator(_seconds)] = Field(

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
     ValidationError,
     model_validator,
 )
 
+from fedpress.core.settings import SETTINGS
 from fedpress.data import DataSettings
 from fedpress.errors import Argument, SettingError
 from fedpress.models.memory import IN_MEMORY
@@ -33,7 +33,7 @@ class ModelSettings(BaseModel):
     (a state dict). A `checkpoint` is a saved model, which contains its architecture.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     architecture: str | None = Field(
         None,
@@ -105,7 +105,7 @@ class Recipe(BaseModel):
     3
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     def __init__(self, **tables: Any) -> None:
         """Checks the tables.

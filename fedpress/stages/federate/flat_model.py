@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import WireError
 from fedpress.wire.message import DTYPES, MAX_BYTES, MAX_DIMENSIONS
 
@@ -35,7 +36,7 @@ class Entry(BaseModel):
         shape: shape of the tensor.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
+    model_config = ConfigDict(**SETTINGS, strict=True)
 
     name: str
     dtype: str

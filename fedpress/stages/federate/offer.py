@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from fedpress import __version__, tasks
@@ -23,6 +23,7 @@ from fedpress.core.canonical import JSON
 from fedpress.core.examples import Preprocess
 from fedpress.core.random import STREAMS, derive
 from fedpress.core.random import fingerprint as digest_of
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import FedpressError, WireError
 from fedpress.federation.protocol import read_text, text_tensor
 from fedpress.models import ModelSpec
@@ -88,7 +89,7 @@ class OfferedStage(FederateSettings):
 class _Facts(BaseModel):
     """Further entries of the offer, in addition to settings and model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     fedpress: str
     streams: int

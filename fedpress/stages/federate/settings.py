@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from fedpress.codecs import AnyTransform, Quantize
 from fedpress.core.renamed import ReadsOldKeys, Renamed
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import Argument, SettingError
 from fedpress.federation import AnyAggregator, AnyAlgorithm, Average, LocalSettings
 from fedpress.federation.algorithms.optimizers import Server
@@ -29,7 +30,7 @@ class PrivacySettings(ReadsOldKeys):
     and epsilon is computed from it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
     # Recipes and run folders of older versions have trust = "secure", which is now "distributed".
     renamed: ClassVar[tuple[Renamed, ...]] = (Renamed("trust", "secure", "trust", "distributed"),)
 
@@ -122,7 +123,7 @@ class CorrelatedNoise(BaseModel):
     client takes part in every 4th round at most.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     # Each band costs a draw of noise in every round, and more bands hardly lower the error.
     bands: int = Field(
@@ -136,7 +137,7 @@ class CorrelatedNoise(BaseModel):
 class FederateSettings(LocalSettings, ReadsOldKeys):
     """The keys of a federate stage. The keys of local training are in `LocalSettings`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
     renamed: ClassVar[tuple[Renamed, ...]] = (
         Renamed("sum", "secure", "aggregator", "secure"),
         Renamed("sum", "plain", "aggregator", None),

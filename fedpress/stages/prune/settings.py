@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import nn
 
 from fedpress import compress, deploy
@@ -18,6 +18,7 @@ from fedpress.compress.prune.sensitivity import DENSITIES
 from fedpress.compress.prune.targets import Cost, bytes_of, full_widths
 from fedpress.core.examples import Arrays
 from fedpress.core.inputs import Inputs
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import Argument, RecipeError, SettingError
 from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.stages.public import draw_calibration
@@ -31,7 +32,7 @@ TARGET_KEYS = ("keep_params", "keep_macs", "keep_latency", "max_bytes")
 class PruneSettings(BaseModel):
     """The keys of a prune stage."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["prune"]
     name: Name = "prune"

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import Argument, SettingError
 
 GROUP = Path("/sys/fs/cgroup")
@@ -51,7 +52,7 @@ class ProcessSettings(BaseModel):
         workers: number of worker processes; None: one for each core. Each computes with one thread.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["processes"] = "processes"
     workers: int | None = Field(default=None, ge=1)

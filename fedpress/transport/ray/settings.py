@@ -5,8 +5,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
+from fedpress.core.settings import SETTINGS
 from fedpress.errors import NetworkError, SettingError
 
 
@@ -35,7 +36,7 @@ class RaySettings(BaseModel):
             more actors than clients.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = SETTINGS
 
     kind: Literal["ray"] = "ray"
     address: str | None = None
