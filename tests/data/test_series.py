@@ -42,6 +42,12 @@ def ask(path, series, **keys):
     return DataSettings(path=path, series=series, **{**wanted, **keys})
 
 
+def ask_load(path, series, **keys):
+    """Settings for a table of one series without clients, such as `dated`, whose load is forecast."""
+    alone = {"client_column": None, "public_clients": [], "label_column": "load"}
+    return ask(path, {"by": [], **series}, **{**alone, "task": "regression", **keys})
+
+
 def loaded(folder, table, series, **keys):
     pq.write_table(table, folder / "a.parquet")
     return load(ask(folder / "a.parquet", series, **keys), 0)
@@ -301,23 +307,18 @@ def dated(dates=DATES):
 def test_the_calendar_is_a_circle_of_dates(tmp_path):
     pyarrow.csv.write_csv(dated(), tmp_path / "a.csv")
     data = load(
-        DataSettings(
-            source="csv",
-            path=tmp_path / "a.csv",
-            label_column="load",
-            task="regression",
-            num_clients=1,
-            public_share=0.3,
-            validation=0,
-            mean=[0],
-            std=[1],
-            series={
+        ask_load(
+            tmp_path / "a.csv",
+            {
                 "order_column": "when",
                 "horizon": [1],
                 "stride": 2,
                 "calendar": ["hour", "weekday", "month"],
                 "max_gap": 7200,
             },
+            source="csv",
+            num_clients=1,
+            public_share=0.3,
         ),
         0,
     )
@@ -348,23 +349,17 @@ def test_dates_of_every_type_give_the_same_order(tmp_path, kind):
         parts = {name: getattr(pc, name)(column) for name in ("year", "month", "day", "hour")}
         table, order = pa.table({**parts, "load": table["load"]}), list(parts)
     pq.write_table(table.take(np.arange(len(dates))[::-1]), tmp_path / "a.parquet")
-    settings = DataSettings(
-        source="parquet",
-        path=tmp_path / "a.parquet",
-        label_column="load",
-        task="regression",
-        num_clients=1,
-        public_share=0.3,
-        validation=0,
-        mean=[0],
-        std=[1],
-        series={
+    settings = ask_load(
+        tmp_path / "a.parquet",
+        {
             "order_column": order,
             "window": 2,
             "stride": 3,
             "horizon": [1],
             "calendar": ["hour"],
         },
+        num_clients=1,
+        public_share=0.3,
     )
     data = load(settings, 0)
     assert torch.equal(data.public.x[:, 0, 0] + 2, data.public.y)
@@ -388,15 +383,8 @@ def broken_date(name, values):
 )
 def test_an_order_that_is_none_is_refused(tmp_path, when, message):
     pq.write_table(broken_date("when", when), tmp_path / "a.parquet")
-    series = {"order_column": "when", "horizon": [1], "by": [], "calendar": ["hour"]}
-    settings = ask(
-        tmp_path / "a.parquet",
-        series,
-        label_column="load",
-        task="regression",
-        client_column=None,
-        public_clients=[],
-    )
+    series = {"order_column": "when", "horizon": [1], "calendar": ["hour"]}
+    settings = ask_load(tmp_path / "a.parquet", series)
     with pytest.raises(DataError, match=message):
         load(settings, 0)
 
@@ -409,15 +397,8 @@ def test_a_row_whose_columns_make_no_date_is_refused(tmp_path, part, value):
     columns |= {"hour": [0.0] * 9, "load": [0.0] * 9}
     columns[part] = [*columns[part][:-1], value]
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    series = {"order_column": ["year", "month", "day", "hour"], "horizon": [1], "by": []}
-    settings = ask(
-        tmp_path / "a.parquet",
-        series,
-        label_column="load",
-        task="regression",
-        client_column=None,
-        public_clients=[],
-    )
+    series = {"order_column": ["year", "month", "day", "hour"], "horizon": [1]}
+    settings = ask_load(tmp_path / "a.parquet", series)
     with pytest.raises(DataError, match=f"row 8 is no date, by its column '{part}'"):
         load(settings, 0)
 
