@@ -73,7 +73,8 @@ FIELDS: Mapping[str, Mapping[str, FieldKind]] = {
     "refused": {"rule": TEXT, "reason": TEXT},
     "register": {},
     "registered": {"examples": whole(1), "identity": TEXT},
-    "agree": {},
+    # What earlier stages have left of the recipe's epsilon; missing: all of it.
+    "agree": {"epsilon": POSITIVE},
     "agreed": {"agreement": TEXT},
     "join": {"run": TEXT},
     "accepted": {},

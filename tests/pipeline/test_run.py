@@ -317,14 +317,24 @@ PRIVATE = "privacy={unit='sample', epsilon=12.0, delta=1e-3}\n"
 
 @pytest.mark.recipe
 def test_a_second_budget_that_the_first_stage_has_spent_is_refused_before_the_run(tiny):
-    recipe = recipes.load(tiny + SECOND + PRIVATE)
+    recipe = recipes.load(tiny + SECOND + PRIVATE.replace("12.0", "8.0"))
     with pytest.raises(
-        FedpressError, match=r"recipe.stage\[3\] \(second\): ledger: .* beyond the budget 12"
+        FedpressError, match=r"recipe.stage\[3\] \(second\): ledger: .* beyond the budget 8"
     ):
         check_recipe(recipe, load_data(recipe))
 
 
-def test_rounds_stop_before_the_budget_is_passed(tiny, tmp_path, whole):
+@pytest.mark.recipe
+def test_a_second_budget_is_that_of_both_stages_together(tiny):
+    recipe = recipes.load(tiny + SECOND + PRIVATE)
+    first, second = check_recipe(recipe, load_data(recipe))[2:]
+    assert first["epsilon"] <= 8
+    assert 0.97 * 12 <= second["epsilon"] <= 12
+
+
+def test_rounds_stop_before_the_budget_is_passed(tiny, tmp_path, whole, monkeypatch):
+    # Planned as if no stage were before it.
+    monkeypatch.setattr("fedpress.stages.federate.server.epsilon_left", lambda *_: None)
     result = finish(
         tiny + SECOND + PRIVATE, tmp_path / "stopped", reuse=whole
     )  # not checked: the ledger must stop it

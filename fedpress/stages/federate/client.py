@@ -17,7 +17,7 @@ from fedpress.errors import DivergedError, FedpressError, RecipeError, TrainingE
 from fedpress.federation import Client, ClientPlan, ClientState
 from fedpress.federation.client_state import load_json
 from fedpress.federation.local import GradientSource, Outcome
-from fedpress.federation.protocol import check_header, read_text
+from fedpress.federation.protocol import check_header, need, read_text
 from fedpress.federation.stacked import Training
 from fedpress.secagg import SecAggClient, identity
 from fedpress.stages.federate.contract import (
@@ -175,7 +175,7 @@ class ClientSide:
         try:
             population = Population.from_json(read_text(message, "population"))
             self._check_own(population)
-            contract = self.common.contract(population)
+            contract = self.common.contract(population, self._epsilon(message))
             client = self._bind(contract)
             answer = client.answer(message)
         except FedpressError as problem:
@@ -191,6 +191,25 @@ class ClientSide:
         self.client = client
         self.contract = contract
         return answer
+
+    def _epsilon(self, message: Message) -> float | None:
+        """Returns the epsilon that earlier stages have left; None: that of the recipe.
+
+        Raises:
+            WireError: if it is larger than the recipe's, which would mean too little noise.
+        """
+        if "epsilon" not in message.header:
+            return None
+        left: float = need(message.kind, message.header, "epsilon")
+        private = self.common.stage.privacy
+        budget = None if private is None else private.epsilon
+        if budget is None or left > budget:
+            raise WireError(
+                f"the server plans with {left:g}, this client's recipe with {budget or 'none'}",
+                place="agree.epsilon",
+                cure="use the same recipe",
+            )
+        return left
 
     def withdraw(self) -> None:
         """Takes the agreement back. From now on only public facts leave this client."""

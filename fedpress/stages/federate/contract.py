@@ -245,8 +245,12 @@ class CommonInputs:
         """
         return CommonInputs(self.stage, copied(self.model), self.preprocess, self.task, self.seed)
 
-    def contract(self, population: Population) -> Contract:
+    def contract(self, population: Population, epsilon: float | None = None) -> Contract:
         """Plans the stage for the clients in `population`.
+
+        Args:
+            population: all clients.
+            epsilon: what earlier stages have left of the recipe's epsilon; None: all of it.
 
         Raises:
             RecipeError: if a setting does not fit these clients.
@@ -255,7 +259,15 @@ class CommonInputs:
         layout = parameters.Layout.of(self.model)
         # As text, because the cache needs hashable arguments.
         text = population.to_json()
-        return _bind_contract(self.stage, layout, self.preprocess, self.task, self.seed, text)
+        stage = self.stage if epsilon is None else _with_epsilon(self.stage, epsilon)
+        return _bind_contract(stage, layout, self.preprocess, self.task, self.seed, text)
+
+
+def _with_epsilon(stage: FederateSettings, epsilon: float) -> FederateSettings:
+    """Returns the settings with another privacy budget."""
+    assert stage.privacy is not None
+    private = stage.privacy.model_copy(update={"epsilon": epsilon})
+    return stage.model_copy(update={"privacy": private})
 
 
 @lru_cache(maxsize=4)

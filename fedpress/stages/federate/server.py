@@ -26,6 +26,7 @@ from fedpress.federation.protocol import check_header, need, refusal_of, text_te
 from fedpress.federation.schedules import Participation
 from fedpress.federation.server import Start, rounds
 from fedpress.privacy.ledger import Ledger
+from fedpress.stages.federate.budget import epsilon_left
 from fedpress.stages.federate.contract import CommonInputs, Contract, owns_keys, unprotected
 from fedpress.stages.federate.protection import Protection
 from fedpress.stages.federate.settings import FederateSettings
@@ -89,13 +90,15 @@ class ServerSide:
             TrainingError: if a client does not register.
         """
         before = transport.traffic
-        contract = common.contract(population or register(transport))
+        population = population or register(transport)
+        started = _ledger(common.stage, ledger)
+        left = epsilon_left(common, population, started)
+        contract = common.contract(population, left)
         trust = contract.uplink.trust
         # Clients check this too, but here the error comes before any message is sent.
         check_norm(contract.terms.norm, common.model, sample=trust.unit == "sample")
-        started = _ledger(common.stage, ledger)
         registered = transport.traffic - before
-        refused = agree(transport, contract)
+        refused = agree(transport, contract, left)
         agreed = transport.traffic - before - registered
         # A refusal is longer than an agreement, so the real bytes would reveal whether a client
         # refused.
@@ -375,8 +378,15 @@ def register(transport: Transport, left_out: Callable[[str], None] | None = None
         ) from problem
 
 
-def agree(transport: Transport, contract: Contract) -> dict[ClientId, str]:
+def agree(
+    transport: Transport, contract: Contract, epsilon: float | None = None
+) -> dict[ClientId, str]:
     """Sends every client the population and the agreement.
+
+    Args:
+        transport: carries messages to the clients.
+        contract: the planned stage.
+        epsilon: what earlier stages have left of the recipe's epsilon; None: all of it.
 
     Returns:
         Clients that refuse -> the reason, such as the setting that differs.
@@ -385,7 +395,7 @@ def agree(transport: Transport, contract: Contract) -> dict[ClientId, str]:
     names = contract.population.names
     question = Message(
         "agree",
-        {},
+        {} if epsilon is None else {"epsilon": epsilon},
         {
             "agreement": text_tensor(agreement.to_json()),
             "population": text_tensor(contract.population.to_json()),

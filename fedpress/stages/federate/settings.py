@@ -26,7 +26,7 @@ class PrivacySettings(ReadsOldKeys):
     """`[stage.privacy]`: differential privacy: the protected unit, who adds the noise, the budget.
 
     Give either `epsilon` or `noise_multiplier`. With `epsilon`, the noise is calibrated before the
-    run so that all rounds together spend this epsilon. With `noise_multiplier`, the noise is fixed,
+    run so that earlier stages and all rounds together spend this epsilon. With `noise_multiplier`, the noise is fixed,
     and epsilon is computed from it.
     """
 
@@ -55,7 +55,10 @@ class PrivacySettings(ReadsOldKeys):
         "ones are scaled down",
     )
     epsilon: float | None = Field(
-        None, gt=0, description="privacy budget of all rounds; the noise is calibrated to it"
+        None,
+        gt=0,
+        description="privacy budget of all rounds and of earlier stages; the noise is calibrated "
+        "to it",
     )
     noise_multiplier: float | None = Field(
         None, gt=0, description="standard deviation of the noise / clip_norm, in place of epsilon"
