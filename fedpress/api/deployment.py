@@ -71,9 +71,10 @@ def check_client(recipe: str, path: Path) -> str:
 
 def _unnamed_columns(data: FederatedData, recipe: Recipe) -> str:
     """Returns the columns of a table that were taken because the recipe names none; else ""."""
-    if data.preparation is None or recipe.data.feature_columns is not None:
+    about = data.preparation
+    if about is None or not about.of_rows or recipe.data.feature_columns is not None:
         return ""
-    return ", ".join(column.name for column in data.preparation.columns)
+    return ", ".join(column.name for column in about.columns)
 
 
 SPLIT = ("client_column", "public_clients", "test_clients", "public_share")

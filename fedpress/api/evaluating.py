@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,15 @@ from torch import Tensor, nn
 
 from fedpress import tasks
 from fedpress.api.calls import DataArguments, Mean, Model, bind, call_scope, model_of
+from fedpress.api.continuing import continuations, next_logits
 from fedpress.api.predictors import Predictor, predictor_of
 from fedpress.core.inputs import Inputs
 from fedpress.data import FederatedData, Preparation
 from fedpress.data.labelled_rows import TABLES, labelled_rows
-from fedpress.data.raw_rows import UnknownWords, is_table, read_rows
+from fedpress.data.preparation_parts import TextPart
+from fedpress.data.raw_inputs import Table as RawTable
+from fedpress.data.raw_inputs import UnknownWords
+from fedpress.data.raw_kinds import is_raw, read_raw
 from fedpress.data.settings import DataSettings
 from fedpress.errors import Argument, DataError, ModelError
 from fedpress.pipeline.arguments import errors_of_command
@@ -31,7 +35,7 @@ from fedpress.pipeline.commands.chosen_data import Standardization
 from fedpress.pipeline.commands.clients import Clients
 from fedpress.pipeline.commands.given import classes_in, pair_of
 from fedpress.pipeline.start import first_state
-from fedpress.tasks import Classification
+from fedpress.tasks import Classification, Language, Task
 from fedpress.training import evaluate as evaluation
 
 
@@ -125,9 +129,9 @@ def _with_rows(loaded: FederatedData, table: Path, settings: DataSettings) -> Fe
     Raises:
         DataError: if the data of the run are no table, or the other table does not fit them.
     """
-    if loaded.preparation is None:
+    if loaded.preparation is None or not loaded.preparation.of_rows:
         raise DataError(
-            "the model was not trained on a table, by a run that is known here",
+            "the model was not trained on rows of a table, by a run that is known here",
             place=f"'{table}'",
             cure=("give ", Argument("data", "(INPUTS, LABELS)"), ", or a source and its path"),
         )
@@ -164,6 +168,10 @@ class Predictions:
         task: kind of task, such as "classification". If the model names no task, it is
             "classification" for one vector of at least 2 outputs per example, else "unknown".
         ignored: columns of raw rows that are neither inputs nor labels.
+        examples: columns that tell examples of raw data apart, such as "file" or "time" -> a value
+            for each example.
+        rows: the table of the predictions, if it is not a row for each example with its answers: a
+            forecast has a row for each horizon, a text its continuation.
     """
 
     answers: Tensor
@@ -172,6 +180,8 @@ class Predictions:
     names: tuple[str, ...]
     task: str
     ignored: tuple[str, ...] = ()
+    examples: Mapping[str, list[Any]] = field(default_factory=dict)
+    rows: RawTable | None = None
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -200,9 +210,13 @@ class Predictions:
     def table(self) -> tuple[list[str], list[list[Any]]]:
         """Returns column names and one row per example: its predictions, then its probabilities.
 
+        Examples of raw data begin with the columns of `examples`. See `rows` for other tables.
+
         Raises:
             DataError: if an example has several predictions, such as one for each token.
         """
+        if self.rows is not None:
+            return self.rows
         answers = self.answers.reshape(len(self), -1)
         one_each = self.answers.dim() == 1 and not self.answers.is_floating_point()
         names = ["class"] if one_each else list(self.names)
@@ -216,6 +230,9 @@ class Predictions:
                 cure="write them as an array, to a file that ends in .npy",
             )
         rows = [[label] for label in self.labels] if one_each else answers.tolist()
+        for column in reversed([*self.examples.values()]):
+            rows = [[value, *row] for value, row in zip(column, rows, strict=True)]
+        names = [*self.examples, *names]
         if self.probabilities is None:
             return names, rows
         shares = [f"probability of {name}" for name in self.names]
@@ -232,6 +249,7 @@ def predict(
     mean: Mean = None,
     std: Sequence[float] | None = None,
     unknown: UnknownWords = "error",
+    tokens: int = 20,
     allow_code: Collection[str] | str = (),
 ) -> Predictions:
     """Returns the predictions of a model for examples, which need no labels.
@@ -240,10 +258,12 @@ def predict(
         model: a torch module, a `Result`, the path of a saved model, run or exported file (such as
             "model.onnx"), or the name of a function that builds the model, as
             `package.module:function`.
-        inputs: raw rows of a table, if the model was trained on a table: the path of a .csv or
-            .parquet file, a list of dictionaries, a pandas data frame or a pyarrow table. They are
-            prepared as the training prepared its rows. Columns may be in any order; further columns
-            are ignored.
+        inputs: raw data of the kind that the model was trained on, which are prepared as the
+            training prepared its own. Rows of a table, also for windows over a series: the path of
+            a .csv or .parquet file, a list of dictionaries, a pandas data frame or a pyarrow table.
+            Columns may be in any order; further columns are ignored. Texts: a .txt file, a folder
+            of them, a list of texts, or a table with a column "text". Recordings or images: a file,
+            a folder or a list of files.
             Or prepared examples: uint8 images, numbers or token ids [n, ...]; a dictionary of such
             arrays for a model of several inputs; the path of a .npy file, or of a .npz file for
             several inputs; a Dataset or DataLoader, whose labels are ignored. For a saved model the
@@ -254,7 +274,8 @@ def predict(
             become (x - mean) / std.
         std: standard deviation of each input channel.
         unknown: what a word in a raw row does that the training did not know: "error", or "zeros"
-            in all inputs of its column, as in the training.
+            in all inputs of its column, as in the training. In a text, "zeros" is token 0.
+        tokens: how many tokens continue each text, for a language model.
         allow_code: functions that may be called to build the model, as `module:function`.
 
     Raises:
@@ -269,14 +290,73 @@ def predict(
     given, mean, std = model_of(model, mean, std)
     with call_scope(allow_code):
         predictor = predictor_of(given, checkpoint, Standardization.of(mean, std))
-        ignored: tuple[str, ...] = ()
-        if is_table(inputs):
-            rows = read_rows(inputs, _preparation_of(predictor, given), unknown)
-            joined, shape = predictor.outputs(rows.x, raw=True)
-            ignored = rows.ignored
-        else:
-            joined, shape = predictor.outputs(_read(inputs), raw=False)
+        if is_raw(inputs):
+            return _of_raw_data(
+                predictor, inputs, _preparation_of(predictor, given), unknown, tokens
+            )
+        x = _read(inputs)
+        if predictor.preparation is not None:
+            _refuse_unknown_tokens(x, predictor.preparation)
+        joined, shape = predictor.outputs(x, raw=False)
+    return _predictions(joined, shape, predictor.task)
+
+
+def _of_raw_data(
+    predictor: Predictor, given: Any, about: Preparation, unknown: UnknownWords, tokens: int
+) -> Predictions:
+    """Prepares raw data and predicts them."""
+    raw = read_raw(given, about, unknown)
+    joined, shape = predictor.outputs_of_raw(raw)
     task = predictor.task
+    if raw.tokens and task is not None and task.kind == Language.kind:
+        # The answer of a language model is the token after the text.
+        joined = next_logits(joined, raw.tokens)
+        found = _predictions(joined, shape, Classification(task.names))
+        return replace(
+            found,
+            task=task.kind,
+            ignored=raw.ignored,
+            examples=raw.names,
+            rows=continuations(predictor, raw, about, joined, tokens),
+        )
+    found = _predictions(joined, shape, task)
+    rows = None if raw.table is None else raw.table(found.answers)
+    return replace(found, ignored=raw.ignored, examples=raw.names, rows=rows)
+
+
+def _refuse_unknown_tokens(x: Inputs, about: Preparation) -> None:
+    """Checks that prepared texts are token numbers of the vocabulary.
+
+    Raises:
+        DataError: if they have no tokens, or a number is not in the vocabulary.
+    """
+    part = about.part
+    if not isinstance(part, TextPart) or not isinstance(x, Tensor) or x.dtype != torch.int64:
+        return
+    if not x.numel():
+        raise DataError(
+            f"sequences of shape {list(x.shape)} have no token",
+            place="inputs",
+            cure=f"give int64 [n, {part.settings.length}], token numbers",
+        )
+    wrong = (x < 0) | (x >= len(part.vocabulary))
+    if bool(wrong.any()):
+        raise DataError(
+            f"{int(x[wrong][0])} is the number of no token: the vocabulary has "
+            f"{len(part.vocabulary)}",
+            place="inputs",
+            cure=f"give numbers from 0 to {len(part.vocabulary) - 1}, or the text itself",
+        )
+
+
+def _predictions(joined: Tensor, shape: tuple[int, ...] | None, task: Task | None) -> Predictions:
+    """Returns the predictions of a task from the outputs of a model.
+
+    Args:
+        joined: outputs [n, ...].
+        shape: shape of one output, for a model without a task.
+        task: the task of the model; None if it is not known.
+    """
     # If the task is not known (a module without a spec), one vector of outputs per example is taken
     # as logits.
     if task is None and (count := classes_in(shape)):
@@ -284,7 +364,7 @@ def predict(
     # Other outputs, such as images, are returned as they are.
     if task is None:
         names = tuple(f"output {at}" for at in range(joined[0].numel()))
-        return Predictions(joined, None, joined, names, "unknown", ignored)
+        return Predictions(joined, None, joined, names, "unknown")
     answers = task.answers(joined)
     if not isinstance(answers, Tensor):
         raise ModelError(
@@ -292,19 +372,19 @@ def predict(
             place="model",
             cure="define answers(self, outputs) in its class: one row for each example",
         )
-    return Predictions(answers, task.probabilities(joined), joined, task.names, task.kind, ignored)
+    return Predictions(answers, task.probabilities(joined), joined, task.names, task.kind)
 
 
 def _preparation_of(predictor: Predictor, model: object) -> Preparation:
     """Returns how raw rows become inputs of the model.
 
     Raises:
-        DataError: if the model was not trained on a table.
+        DataError: if the model does not say how raw data become its inputs.
     """
     if predictor.preparation is None:
         name = type(model).__name__ if isinstance(model, nn.Module) else f"'{model}'"
         raise DataError(
-            f"{name} was not trained on a table, so rows cannot be turned into its inputs",
+            f"{name} does not say how raw data, such as rows of a table, become its inputs",
             place="inputs",
             cure="give prepared examples: arrays, or a file of numpy.save (.npy)",
         )

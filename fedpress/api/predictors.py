@@ -17,6 +17,7 @@ from fedpress.core.examples import Preprocess
 from fedpress.core.inputs import Inputs, inputs_text
 from fedpress.core.outputs import as_float32, is_plain, joined_outputs
 from fedpress.data import Preparation
+from fedpress.data.raw_inputs import RawInputs
 from fedpress.errors import ModelError, first_line
 from fedpress.models import ModelSpec, memory
 from fedpress.nn.expected_input import input_cure
@@ -42,7 +43,7 @@ class Predictor:
         preprocess: standardisation of prepared examples.
         given: whether the user has given this standardisation.
         task: the task that the model was trained for; None if it is not known.
-        preparation: how raw rows become inputs; None for a model that takes no rows of a table.
+        preparation: how raw data become inputs; None if the model does not say it.
     """
 
     compute: Callable[[Inputs, Preprocess], Outputs]
@@ -50,6 +51,14 @@ class Predictor:
     given: bool
     task: Task | None
     preparation: Preparation | None
+
+    def outputs_of_raw(self, raw: RawInputs) -> Outputs:
+        """Runs the model on examples that were made of raw data.
+
+        Raises:
+            FedpressError: if the model does not take them.
+        """
+        return self.outputs(raw.x, raw=True)
 
     def outputs(self, x: Inputs, *, raw: bool) -> Outputs:
         """Runs the model.

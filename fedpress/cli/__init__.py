@@ -150,9 +150,10 @@ def _name_columns(recipe: Recipe, data: FederatedData, out_stream: Console) -> N
 
     The clients have the recipe and not the server's table.
     """
-    if data.preparation is None or recipe.data.feature_columns is not None:
+    about = data.preparation
+    if about is None or not about.of_rows or recipe.data.feature_columns is not None:
         return
-    names = json.dumps([column.name for column in data.preparation.columns], ensure_ascii=False)
+    names = json.dumps([column.name for column in about.columns], ensure_ascii=False)
     said = "so that fedpress client --check can compare the columns, write under [data]:"
     out_stream.print(f"{said} feature_columns = {names}", markup=False, soft_wrap=True)
 

@@ -92,7 +92,8 @@ def predict(
         Path,
         typer.Argument(
             metavar="INPUTS",
-            help="Raw rows (.csv, .parquet), or a file of NumPy: .npy, .npz for several inputs.",
+            help="Raw rows (.csv, .parquet), a text (.txt), a recording (.wav), an image or a folder "
+            "of these; or a file of NumPy: .npy, .npz for several inputs.",
         ),
     ],
     out: Annotated[
@@ -111,9 +112,12 @@ def predict(
             help="What a word does that the training did not know: error, or zeros as in training.",
         ),
     ] = "error",
+    tokens: Annotated[
+        int, typer.Option(help="How many tokens continue a text, for a language model.")
+    ] = 20,
     code: AllowCode = None,
 ) -> None:
-    """Runs a model on raw rows or prepared examples, and prints a CSV row for each."""
+    """Runs a model on raw data or prepared examples, and prints a CSV row for each."""
     # Checked first, so that a wrong name fails before the model runs.
     if out is not None and out.suffix not in (".csv", ".npy"):
         raise DataError(
@@ -130,6 +134,7 @@ def predict(
         mean=numbers_of(mean),
         std=numbers_of(std),
         unknown=unknown,  # type: ignore[arg-type]  # checked there, by one sentence
+        tokens=tokens,
     )
     if found.ignored:
         listed = ", ".join(found.ignored)

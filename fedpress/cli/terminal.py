@@ -154,7 +154,7 @@ def show_inputs(out: Console, data: FederatedData, *, private: bool) -> None:
         private: whether a stage has differential privacy. If so, the classes of clients are not
             counted.
     """
-    if data.preparation is not None:
+    if data.preparation is not None and data.preparation.columns:
         rows = []
         for column in data.preparation.columns:
             words = ", ".join(column.words[:WORDS_SHOWN])

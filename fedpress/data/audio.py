@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import gcd
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from fedpress.data.audio_settings import AudioSettings
 from fedpress.data.examples import InputRows, Progress, SourceRows
 from fedpress.data.folders import labelled_files
 from fedpress.data.log_mel import log_mel
+from fedpress.data.preparation import Preparation
+from fedpress.data.preparation_parts import AudioPart
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
@@ -32,16 +36,31 @@ def read_audio(settings: DataSettings, progress: Progress | None) -> SourceRows:
     found = labelled_files(settings, "recordings", "client/label/sound.wav", ENDINGS)
 
     def inputs(public: Tensor) -> InputRows:
-        x = _spectrograms(found.files, settings.audio, found.places, progress)
-        return InputRows(x[:, None], torch.zeros(len(x), dtype=torch.bool))
+        x = spectrograms(found.files, settings.audio, found.places, progress)
+        seen = {rate_of(found.files[at], found.places[at]) for at in public.tolist()}
+        about = Preparation((), part=AudioPart(settings.audio, tuple(sorted(seen))))
+        return InputRows(x, torch.zeros(len(x), dtype=torch.bool), about)
 
     return found.rows(inputs)
 
 
-def _spectrograms(
-    files: list[Path], settings: AudioSettings, places: list[str], progress: Progress | None
+def spectrograms(
+    files: list[Path],
+    settings: AudioSettings,
+    places: list[str],
+    progress: Progress | None = None,
 ) -> Tensor:
-    """Returns float32 [n, mels, frames]; `places` are the names of the files in errors."""
+    """Returns the log-mel spectrograms of recordings, float32 [n, 1, mels, frames].
+
+    Args:
+        files: WAV files.
+        settings: length of a recording, and its spectrogram.
+        places: names of the files in errors.
+        progress: called with the number of files that have been read.
+
+    Raises:
+        DataError: if a file cannot be read.
+    """
     x = torch.empty(len(files), settings.mels, settings.frames)
     for start in range(0, len(files), BATCH):
         chunk = range(start, min(start + BATCH, len(files)))
@@ -49,7 +68,7 @@ def _spectrograms(
         x[start : chunk.stop] = log_mel(torch.from_numpy(np.stack(waves)), settings)
         if progress:
             progress("reading recordings", chunk.stop, len(files))
-    return x
+    return x[:, None]
 
 
 def read_wave(path: Path, settings: AudioSettings, place: str) -> np.ndarray:
@@ -63,23 +82,39 @@ def read_wave(path: Path, settings: AudioSettings, place: str) -> np.ndarray:
     Raises:
         DataError: if the file is no such WAV file, or has no samples.
     """
+    with _opened(path, place) as file:
+        rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
+        # The rest of a long recording is not used.
+        wanted = int(settings.seconds * rate) + 1
+        data = file.readframes(min(file.getnframes(), wanted))
+    samples = _as_floats(data[: len(data) - len(data) % (width * channels)], width, channels)
+    if not len(samples) or not rate:
+        raise DataError("it has no samples", place=place, cure="remove it")
+    samples = _resampled(samples, rate, settings.sample_rate)[: settings.samples]
+    return np.pad(samples, (0, settings.samples - len(samples))).astype(np.float32)
+
+
+def rate_of(path: Path, place: str) -> int:
+    """Returns the samples per second that a WAV file declares; `place` is its name in errors.
+
+    Raises:
+        DataError: if the file is no WAV file of whole numbers.
+    """
+    with _opened(path, place) as file:
+        return file.getframerate()
+
+
+@contextmanager
+def _opened(path: Path, place: str) -> Iterator[wave.Wave_read]:
     try:
         with path.open("rb") as opened, wave.open(opened) as file:
-            rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
-            # The rest of a long recording is not used.
-            wanted = int(settings.seconds * rate) + 1
-            data = file.readframes(min(file.getnframes(), wanted))
+            yield file
     except (OSError, EOFError, wave.Error, ValueError) as error:
         raise DataError(
             f"not a readable WAV file ({str(error) or type(error).__name__})",
             place=place,
             cure="save it as WAV of 16-bit whole numbers (PCM)",
         ) from error
-    samples = _as_floats(data[: len(data) - len(data) % (width * channels)], width, channels)
-    if not len(samples) or not rate:
-        raise DataError("it has no samples", place=place, cure="remove it")
-    samples = _resampled(samples, rate, settings.sample_rate)[: settings.samples]
-    return np.pad(samples, (0, settings.samples - len(samples))).astype(np.float32)
 
 
 def _as_floats(data: bytes, width: int, channels: int) -> np.ndarray:

@@ -44,7 +44,7 @@ class FederatedData:
             private). Empty if the source defines all classes itself.
         labelled: whether `y` has real labels. If not, only the inputs are used, for calibration and
             for comparing outputs.
-        preparation: how raw rows of a table become inputs; None for other sources. It is saved
+        preparation: how raw data become inputs; None if the source does not say it. It is saved
             beside exported files. So everything in it either is in the recipe (the TOML file
             that describes the run) or comes from public rows.
         task: what is learned. By default a classification if there are class names or integer

@@ -44,7 +44,7 @@ class InputRows:
     Attributes:
         x: the inputs [n, ...].
         left_out: bool [n]: whether a row cannot be used and is dropped.
-        preparation: how the raw columns of a table became `x`; None for other sources.
+        preparation: how raw data became `x`; None if the source does not say it.
     """
 
     x: Inputs

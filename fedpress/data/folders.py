@@ -132,7 +132,7 @@ def read_folders(settings: DataSettings, progress: Progress | None) -> SourceRow
             like=like,
             progress=progress,
         )
-        return InputRows(x, torch.zeros(len(x), dtype=torch.bool))
+        return images.prepared(x, resized=settings.image_size is not None)
 
     return found.rows(inputs)
 

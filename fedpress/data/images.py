@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from fedpress.core import limits
-from fedpress.data.examples import Progress
+from fedpress.data.examples import InputRows, Progress
+from fedpress.data.preparation import Preparation
+from fedpress.data.preparation_parts import ImagePart
 from fedpress.errors import DataError
 
 FORMATS = (
@@ -87,6 +89,45 @@ def decode(
         out = out[..., None]
     channels_last = torch.from_numpy(out)
     return channels_last.permute(0, 3, 1, 2).contiguous()
+
+
+def prepared(x: Tensor, *, resized: bool) -> InputRows:
+    """Returns decoded images [n, C, H, W] as inputs, with the preparation of further ones.
+
+    Args:
+        x: the result of `decode`.
+        resized: whether they were resized.
+    """
+    channels, height, width = x.shape[1:]
+    part = ImagePart(channels, height, width, resized)
+    return InputRows(x, torch.zeros(len(x), dtype=torch.bool), Preparation((), part=part))
+
+
+def decode_as(images: Sequence[Path], part: ImagePart, where: Callable[[int], str]) -> Tensor:
+    """Decodes images as those of the training were, to uint8 [n, C, H, W].
+
+    Args:
+        images: the files.
+        part: channels and size.
+        where: function that maps the position of an image to its name in errors.
+
+    Raises:
+        DataError: if an image cannot be read, or has another size and is not resized.
+    """
+    size = part.height if part.resized else None
+    mode = "L" if part.channels_of_image == 1 else "RGB"
+    out = np.empty((len(images), part.height, part.width, part.channels_of_image), dtype=np.uint8)
+    for at, image in enumerate(images):
+        pixels = _decode_one(image, where(at), mode, size)
+        if pixels.shape[:2] != (part.height, part.width):
+            raise DataError(
+                f"an image of {pixels.shape[0]}x{pixels.shape[1]} pixels, but the model takes "
+                f"{part.height}x{part.width}",
+                place=where(at),
+                cure="resize it, or train with image_size, which resizes all images",
+            )
+        out[at] = pixels.reshape(out.shape[1:])
+    return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 
 
 def _decode_one(

@@ -1,7 +1,8 @@
-"""`Preparation`: how rows of a table become the inputs of a network; saved as `preparation.json`.
+"""`Preparation`: how raw data become the inputs of a network; saved as `preparation.json`.
 
 It lies beside every saved and exported model, and in the model's own file, too: in the spec of a
-saved model, and in the metadata of an exported file. `fedpress.data.prepare` converts rows with it.
+saved model, and in the metadata of an exported file. `fedpress.data.prepare` converts rows of a
+table with it; `fedpress.data.raw_inputs` converts everything, such as texts.
 """
 
 from __future__ import annotations
@@ -15,12 +16,19 @@ from typing import Any, Literal, get_args
 from pydantic import JsonValue
 
 from fedpress.core.examples import Preprocess
-from fedpress.errors import DataError
+from fedpress.data.preparation_parts import PARTS, Part
+from fedpress.errors import DataError, first_line
 
-VERSION = 1
-"""Version of the JSON. A reader refuses a newer one: it would prepare rows in another way."""
+VERSION = 2
+"""Newest version of the JSON. A reader refuses a newer one: it would prepare rows in another way.
+
+Version 1 has columns alone, version 2 may have one of `PARTS`. The lowest version that can say it
+is written, so that older readers can read what they know.
+"""
 FACTS = ("gaps", "decimal", "delimiter", "encoding", "class_names", "labels", "task")
-KEYS = frozenset(("version", "input", "columns", "mean", "std", "standardised_by_the_file", *FACTS))
+KEYS = frozenset(
+    ("version", "input", "columns", "mean", "std", "standardised_by_the_file", *FACTS, *PARTS)
+)
 """All keys of the JSON; another key means a step that this version does not know."""
 COLUMN_KEYS = frozenset({"name", "kind", "words", "unknown", "fill"})
 """All keys of a column in the JSON."""
@@ -28,8 +36,8 @@ Kind = Literal["number", "truth", "words"]
 """Kind of a column (see `InputColumn.kind`)."""
 Unknown = Literal["zeros", "other", "refused"]
 """What happens to a word that is not listed (see `InputColumn.unknown`)."""
-Missing = Literal["error", "drop", "mean"]
-"""What a missing cell does: an error, its row is dropped, or the mean replaces it."""
+TABLE = "table"
+"""Kind of a preparation whose examples are rows of a table (see `Preparation.kind`)."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class InputColumn:
 
 @dataclass(frozen=True)
 class Preparation:
-    """The columns of a table in the order of their inputs, and the standardisation.
+    """The columns of a table in the order of their inputs, or another part; the standardisation.
 
     It is saved beside exported files. So everything in it either is in the recipe (the TOML file
     that describes the run) or comes from public rows.
@@ -78,6 +86,8 @@ class Preparation:
         encoding: encoding of a CSV file; None: UTF-8.
         labels: names of the columns that the network predicts. New rows need not have them.
         task: kind and options of the task, as `Task.to_json` returns them.
+        part: what is not said by columns: windows of rows, or texts, recordings or images, which
+            have no columns. None: each row of a table is an example.
     """
 
     columns: tuple[InputColumn, ...]
@@ -90,11 +100,32 @@ class Preparation:
     encoding: str | None = None
     labels: tuple[str, ...] = ()
     task: Mapping[str, JsonValue] = field(default_factory=dict)
+    part: Part | None = None
+
+    @property
+    def kind(self) -> str:
+        """What raw inputs are: "table", or a key of `PARTS`, such as "series"."""
+        return TABLE if self.part is None else self.part.key
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether each row of a table is an example."""
+        return self.part is None
 
     @property
     def width(self) -> int:
-        """Number of inputs."""
+        """Number of inputs of a row; 0 without columns."""
         return sum(column.width for column in self.columns)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return (self.width,) if self.part is None else self.part.shape(self.width)
+
+    @property
+    def channels(self) -> int:
+        """Number of means and standard deviations."""
+        return self.width if self.part is None else self.part.channels(self.width)
 
     def with_standardisation(
         self,
@@ -106,7 +137,7 @@ class Preparation:
         mean, std = preprocess.mean or (0.0,), preprocess.std or (1.0,)
         # A single value applies to all inputs.
         if len(mean) == 1:
-            mean, std = mean * self.width, std * self.width
+            mean, std = mean * self.channels, std * self.channels
         told = dict(task if task is not None else self.task)
         return replace(self, mean=mean, std=std, class_names=tuple(class_names), task=told)
 
@@ -119,10 +150,14 @@ class Preparation:
             if column.kind == "words":
                 line |= {"words": list(column.words), "unknown": column.unknown}
             columns.append(line | {"fill": list(column.fill) or None})
-        steps = "the columns in order, gaps filled, then (x - mean) / std"
+        steps, part = "the columns in order, gaps filled, then (x - mean) / std", {}
+        if self.part is not None:
+            steps, part = self.part.steps(), {self.part.key: self.part.to_json()}
+        sizes = ", ".join(map(str, ("N", *self.shape)))
         return {
-            "version": VERSION,
-            "input": f"float32 [N, {self.width}]: {steps}",
+            "version": 1 if self.part is None else VERSION,
+            "input": f"{'float32' if self.channels else 'int64'} [{sizes}]: {steps}",
+            **part,
             "columns": columns,
             "gaps": list(self.gaps),
             "decimal": self.decimal,
@@ -157,7 +192,9 @@ class Preparation:
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError, DataError) as error:
             raise DataError(
-                f"corrupt ({error})", place=f"'{path}'", cure="copy it again from the run folder"
+                f"corrupt ({first_line(error)})",
+                place=f"'{path}'",
+                cure="copy it again from the run folder",
             ) from error
         raise newer
 
@@ -174,7 +211,9 @@ class Preparation:
                 return cls._from_json(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"corrupt ({error})", place="inputs", cure="use the same fedpress on both sides"
+                f"corrupt ({first_line(error)})",
+                place="inputs",
+                cure="use the same fedpress on both sides",
             ) from error
         raise newer
 
@@ -182,6 +221,9 @@ class Preparation:
     def _from_json(cls, content: Mapping[str, Any]) -> Preparation:
         mean = tuple(map(float, content["mean"]))
         std = tuple(map(float, content["std"]))
+        parts = [PARTS[key].from_json(content[key]) for key in PARTS if key in content]
+        if len(parts) > 1:
+            raise ValueError(f"it has both {parts[0].key} and {parts[1].key}")
         found = cls(
             columns=tuple(_column(line) for line in content["columns"]),
             gaps=tuple(content["gaps"]),
@@ -194,11 +236,12 @@ class Preparation:
             encoding=content.get("encoding"),
             labels=tuple(content.get("labels", ())),
             task=dict(content.get("task", {})),
+            part=parts[0] if parts else None,
         )
         # Raises if mean and std do not fit each other.
         Preprocess(mean, std)
-        if len(mean) != found.width:
-            raise ValueError(f"{len(mean)} means for {found.width} inputs")
+        if len(mean) != found.channels:
+            raise ValueError(f"{len(mean)} means for {found.channels} inputs")
         return found
 
 
@@ -208,9 +251,9 @@ def _newer(content: Mapping[str, Any], place: str) -> DataError | None:
     A step that is left out would give other inputs, and so wrong predictions without an error.
     """
     cure = "install the fedpress that wrote it"
-    version = content.get("version", VERSION)
-    if version != VERSION:
-        problem = f"version {version!r} of the preparation, this fedpress reads version {VERSION}"
+    version = content.get("version", 1)
+    if version not in range(1, VERSION + 1):
+        problem = f"version {version!r} of the preparation, this fedpress reads up to {VERSION}"
         return DataError(problem, place=place, cure=cure)
     unknown = sorted(set(content) - KEYS)
     for line in content["columns"]:

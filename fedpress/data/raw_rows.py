@@ -8,35 +8,49 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
-from torch import Tensor
 
 from fedpress.data import csv, tables
 from fedpress.data.labelled_rows import TABLES
 from fedpress.data.lines import line_of
 from fedpress.data.new_rows import Strictness, raw_inputs, refuse_rows_without
 from fedpress.data.preparation import Preparation
+from fedpress.data.raw_inputs import RawInputs, UnknownWords
 from fedpress.data.raw_table import refuse_equal_names
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
-UnknownWords = Literal["error", "zeros"]
-"""What an unknown word does: it is an error, or it becomes zeros as in the training."""
-
 
 @dataclass(frozen=True, eq=False)
-class RawRows:
-    """Prepared rows.
+class GivenTable:
+    """A table as it was given, before its cells are checked.
 
     Attributes:
-        x: the inputs before standardisation, float32 [n, d].
-        ignored: columns that were given, and are neither inputs nor labels.
+        columns: name of each column -> its cells.
+        place: returns where a row is, such as "line 7 of 'new.csv'".
+        where: name of the table in errors.
     """
 
-    x: Tensor
-    ignored: tuple[str, ...]
+    columns: dict[str, list[Any]]
+    place: Callable[[int], str]
+    where: str
+
+    def refuse_missing(self, needed: Sequence[str]) -> None:
+        """Checks that the table has these columns, and a row.
+
+        Raises:
+            DataError: if a column is missing, or there are no rows.
+        """
+        missing = [name for name in needed if name not in self.columns]
+        _refuse_missing(missing, list(self.columns), self.where)
+        if not self.columns[needed[0]]:
+            raise DataError("there are no rows", place=self.where, cure="give at least one")
+
+    def others(self, known: Sequence[str]) -> tuple[str, ...]:
+        """Returns the names of all columns but those in `known`."""
+        return tuple(name for name in self.columns if name not in known)
 
 
 def is_table(rows: object) -> bool:
@@ -48,7 +62,7 @@ def is_table(rows: object) -> bool:
     return isinstance(rows, list | tuple) and len(rows) > 0 and isinstance(rows[0], Mapping)
 
 
-def read_rows(rows: Any, about: Preparation, unknown: UnknownWords = "error") -> RawRows:
+def read_rows(rows: Any, about: Preparation, unknown: UnknownWords) -> RawInputs:
     """Prepares raw rows, for which `is_table` is true, as the training prepared its own.
 
     Args:
@@ -61,23 +75,27 @@ def read_rows(rows: Any, about: Preparation, unknown: UnknownWords = "error") ->
         DataError: if a column is missing, a cell is no number, a word is unknown, or there is no
             row. The error names the row (for a CSV file by its line), the column, and a cure.
     """
-    if unknown not in ("error", "zeros"):
-        raise DataError(f"got '{unknown}'", place="unknown", cure="give error or zeros")
-    if isinstance(rows, str | Path):
-        table, place = _of_file(Path(rows), about)
-    else:
-        table, place = _in_memory(rows, about), "rows[{}]".format
-    names = list(table)
+    table = read_table(rows, about)
     needed = [column.name for column in about.columns]
-    where = f"'{rows}'" if isinstance(rows, str | Path) else "rows"
-    _refuse_missing([name for name in needed if name not in table], names, where)
-    if not table[needed[0]]:
-        raise DataError("there are no rows", place=where, cure="give at least one")
-    strictness = Strictness(texts=True, words=unknown == "error", place=place)
-    known = {*needed, *about.labels}
-    return RawRows(
-        raw_inputs(table, about, strictness), tuple(name for name in names if name not in known)
+    table.refuse_missing(needed)
+    cells = {name: table.columns[name] for name in needed}
+    strictness = Strictness(texts=True, words=unknown == "error", place=table.place)
+    return RawInputs(
+        raw_inputs(cells, about, strictness),
+        table.others([*needed, *about.labels]),
+        cells=cells,
     )
+
+
+def read_table(rows: Any, about: Preparation) -> GivenTable:
+    """Reads a table, for which `is_table` is true; its cells are not checked.
+
+    Raises:
+        DataError: if a file cannot be read, or two columns have the same name.
+    """
+    if isinstance(rows, str | Path):
+        return GivenTable(*_of_file(Path(rows), about), f"'{rows}'")
+    return GivenTable(_in_memory(rows, about), "rows[{}]".format, "rows")
 
 
 def _refuse_missing(missing: list[str], there: Sequence[str], where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +16,9 @@ from fedpress.data import columns
 from fedpress.data.columns import Column
 from fedpress.data.examples import InputRows, TargetRows
 from fedpress.data.partition_labels import partition_labels_of_numbers
+from fedpress.data.preparation_parts import SeriesPart
 from fedpress.data.raw_table import RawTable
-from fedpress.data.series_order import calendar_columns, row_order
+from fedpress.data.series_order import PlaceOfRow, RowOrder, calendar_columns, row_order
 from fedpress.data.series_settings import SeriesSettings
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import TargetReader, as_numbers
@@ -50,10 +52,50 @@ def with_windows(
             place="series",
             cure='read one split alone, with table = "train"',
         )
-    read = [Column.of(raw.values, name, settings) for name in series.order_columns]
-    order = row_order(read) if read else None
-    numbers = _series_of_rows(raw, settings)
+    order = order_of_rows(raw, settings)
+    numbers = series_of_rows(raw, settings)
     found = find_windows(numbers, None if order is None else order.values, usable, series)
+    table, names = with_lags_and_calendar(raw.values, order, found, settings)
+    return replace(raw, values=table), names, found
+
+
+def order_of_rows(
+    raw: RawTable, settings: DataSettings, place: PlaceOfRow | None = None
+) -> RowOrder | None:
+    """Returns where each row stands in time; None for the order of the file.
+
+    Args:
+        raw: the table.
+        settings: the `[data]` table of the recipe, with `series`.
+        place: see `row_order`.
+
+    Raises:
+        DataError: if a row has no date.
+    """
+    assert settings.series is not None, "checked by the caller"
+    read = [Column.of(raw.values, name, settings) for name in settings.series.order_columns]
+    return row_order(read, place) if read else None
+
+
+def with_lags_and_calendar(
+    table: Any, order: RowOrder | None, windows: Windows, settings: DataSettings
+) -> tuple[Any, list[str]]:
+    """Adds the columns of lags and of the calendar to a `pyarrow.Table`.
+
+    Args:
+        table: the table.
+        order: where each row stands in time; None: in the order of the file.
+        windows: the windows of the table.
+        settings: the `[data]` table of the recipe, with `series`.
+
+    Returns:
+        The table with further columns, and their names.
+
+    Raises:
+        DataError: if there are no dates for the calendar.
+    """
+    series = settings.series
+    assert series is not None, "checked by the caller"
     added: dict[str, object] = {}
     if series.calendar:
         if order is None or order.dates is None:
@@ -66,15 +108,19 @@ def with_windows(
             added[name] = pa.chunked_array([pa.array(values)])
     for at, lag in enumerate(series.lags):
         for name in settings.label_columns:
-            before = pa.array(found.lagged[:, at].numpy())
-            added[f"{name} lag {lag}"] = Column.of(raw.values, name, settings).values.take(before)
-    table = raw.values
+            before = pa.array(windows.lagged[:, at].numpy())
+            added[lag_name(name, lag)] = Column.of(table, name, settings).values.take(before)
     for name, column in added.items():
         table = table.append_column(name, column)
-    return replace(raw, values=table), list(added), found
+    return table, list(added)
 
 
-def _series_of_rows(raw: RawTable, settings: DataSettings) -> np.ndarray:
+def lag_name(label: str, lag: int) -> str:
+    """Returns the name of the column with the values of `label` so many rows before."""
+    return f"{label} lag {lag}"
+
+
+def series_of_rows(raw: RawTable, settings: DataSettings) -> np.ndarray:
     """Returns int64 [n]: the number of the series of each row."""
     assert settings.series is not None, "checked by the caller"
     names = [*settings.series.by]
@@ -93,24 +139,49 @@ def _series_of_rows(raw: RawTable, settings: DataSettings) -> np.ndarray:
 
 
 def window_inputs(
-    inputs_of_rows: Callable[[Tensor], InputRows], windows: Windows
+    inputs_of_rows: Callable[[Tensor], InputRows], windows: Windows, settings: DataSettings
 ) -> Callable[[Tensor], InputRows]:
     """Returns the function that computes the inputs of windows from the inputs of rows.
 
     The inputs are float32 [m, columns, window], or [m, columns] for windows of one row.
+
+    Args:
+        inputs_of_rows: computes the inputs of the rows from the positions of the public ones.
+        windows: the windows.
+        settings: the `[data]` table of the recipe, with `series`.
     """
 
     def inputs(public: Tensor) -> InputRows:
         # Words and means are taken from the rows of public windows alone.
         found = inputs_of_rows(windows.rows[public].unique())
         assert isinstance(found.x, Tensor), "a table has one tensor of inputs"
-        x = found.x[windows.rows].transpose(1, 2)
-        if x.shape[2] == 1:
-            x = x[:, :, 0]
-        # How raw rows become a window is not described by `Preparation`.
-        return InputRows(x.contiguous(), found.left_out[windows.rows].any(1))
+        assert found.preparation is not None, "columns always have one"
+        about = replace(found.preparation, part=_part(settings))
+        left_out = found.left_out[windows.rows].any(1)
+        return InputRows(inputs_of_windows(found.x, windows.rows), left_out, about)
 
     return inputs
+
+
+def inputs_of_windows(x: Tensor, rows: Tensor) -> Tensor:
+    """Returns the inputs of windows, float32 [m, columns, window]; [m, columns] for one row each.
+
+    Args:
+        x: inputs of the rows, float32 [n, columns].
+        rows: int64 [m, window]: positions of the rows of each window.
+    """
+    found = x[rows].transpose(1, 2)
+    return (found[:, :, 0] if found.shape[2] == 1 else found).contiguous()
+
+
+def _part(settings: DataSettings) -> SeriesPart:
+    """Returns how rows become windows, for the model's file."""
+    series = settings.series
+    assert series is not None, "checked by the caller"
+    by = list(series.by)
+    if settings.client_column and settings.client_column not in by:
+        by.append(settings.client_column)
+    return SeriesPart(series.model_copy(update={"by": tuple(by)}), settings.missing)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from fedpress.data.columns import Column, is_number, is_word
 from fedpress.errors import DataError
 
 PLACE = "series.order_column"
+PlaceOfRow = Callable[[int], str]
+"""Returns where a row is, such as "line 7 of 'new.csv'"."""
 MICROSECONDS = 1_000_000
 # Least and greatest value of each part of a date; the days of a month are checked on their own.
 RANGES = {
@@ -39,17 +42,22 @@ class RowOrder:
     dates: np.ndarray | None = None
 
 
-def row_order(columns: list[Column]) -> RowOrder:
+def row_order(columns: list[Column], place: PlaceOfRow | None = None) -> RowOrder:
     """Reads one column of numbers or dates, or the columns year, month, day, ...
+
+    Args:
+        columns: the columns.
+        place: returns where a row is, for errors of rows that are to be predicted; None: the rows
+            are for training.
 
     Raises:
         DataError: if a row has no value, or no date.
     """
     if len(columns) > 1:
-        return _of_dates(_assembled(columns))
+        return _of_dates(_assembled(columns, place))
     (column,) = columns
     values = column.values
-    _refuse_missing(values, column.name)
+    _refuse_missing(values, column.name, place)
     if is_number(values.type):
         return RowOrder(values.cast(pa.float64()).to_numpy(zero_copy_only=False))
     if is_word(values.type):
@@ -57,7 +65,7 @@ def row_order(columns: list[Column]) -> RowOrder:
         numbers = text.cast(pa.float64())
         if not numbers.null_count:
             return RowOrder(numbers.to_numpy(zero_copy_only=False))
-        values = _dates_of_text(text)
+        values = _dates_of_text(text, numbers, place)
     if types.is_timestamp(values.type) and values.type.tz is not None:
         # Hours and weekdays are those of the place.
         values = pc.local_timestamp(values)
@@ -75,33 +83,46 @@ def _of_dates(dates: np.ndarray) -> RowOrder:
     return RowOrder(dates.astype(np.int64) / MICROSECONDS, dates)
 
 
-def _refuse_missing(values: Any, name: str) -> None:
+def _refuse_missing(values: Any, name: str, place: PlaceOfRow | None) -> None:
     gaps = pc.is_null(values, nan_is_null=bool(types.is_floating(values.type)))
     if pc.any(gaps).as_py():
-        raise DataError(
-            f"row {pc.index(gaps, True).as_py()} of column '{name}' has no value",
-            place=PLACE,
-            cure="fill it, or leave the row out of the file",
-        )
+        row = pc.index(gaps, True).as_py()
+        cure = "fill it, or leave the row out of the file"
+        raise _wrong_row(row, f"column '{name}' has no value", cure, place)
 
 
-def _dates_of_text(text: Column) -> Any:
+def _dates_of_text(text: Column, numbers: Any, place: PlaceOfRow | None) -> Any:
+    """Returns the dates of a column, whose text is not all numbers.
+
+    Args:
+        text: the column.
+        numbers: the column as numbers, null where the text is none.
+        place: see `row_order`.
+    """
     dates = text.cast(pa.timestamp("us"))
     if dates.null_count:
         # Dates with an offset from UTC, such as 2024-05-01T12:00:00+02:00, need a type of their
         # own.
         with_zone = text.cast(pa.timestamp("us", "UTC"))
         dates = with_zone if with_zone.null_count < dates.null_count else dates
+    if numbers.null_count < dates.null_count:
+        row = pc.index(numbers.is_null(), True).as_py()
+        problem = f"column '{text.name}' is no number, as it is in other rows"
+        raise _wrong_row(row, problem, "correct it, or leave the row out of the file", place)
     if dates.null_count:
-        raise DataError(
-            f"row {pc.index(dates.is_null(), True).as_py()} of column '{text.name}' is no date",
-            place=PLACE,
-            cure="write dates as 2024-05-01 or 2024-05-01 12:30:00",
-        )
+        row = pc.index(dates.is_null(), True).as_py()
+        cure = "write dates as 2024-05-01 or 2024-05-01 12:30:00"
+        raise _wrong_row(row, f"column '{text.name}' is no date", cure, place)
     return dates
 
 
-def _assembled(columns: list[Column]) -> np.ndarray:
+def _wrong_row(row: int, problem: str, cure: str, place: PlaceOfRow | None) -> DataError:
+    if place is None:
+        return DataError(f"row {row} of {problem}", place=PLACE, cure=cure)
+    return DataError(problem, place=place(row), cure=cure)
+
+
+def _assembled(columns: list[Column], place: PlaceOfRow | None) -> np.ndarray:
     """Returns the dates `datetime64[s]` of columns of years, months, days, ..."""
     parts = {name: np.full(len(columns[0].values), RANGES[name][0]) for name in RANGES}
     for column in columns:
@@ -117,23 +138,23 @@ def _assembled(columns: list[Column]) -> np.ndarray:
         # NaN, for a missing number, fails this comparison too.
         wrong = ~((numbers >= low) & (numbers <= high) & (numbers == np.floor(numbers)))
         if wrong.any():
-            raise _no_date(int(wrong.argmax()), column.name)
+            raise _no_date(int(wrong.argmax()), column.name, place)
         parts[column.name] = numbers.astype(np.int64)
     months = (parts["year"] - 1970).astype("datetime64[Y]").astype("datetime64[M]")
     months = months + (parts["month"] - 1)
     days = months.astype("datetime64[D]") + (parts["day"] - 1)
     wrong = days.astype("datetime64[M]") != months
     if wrong.any():
-        raise _no_date(int(wrong.argmax()), "day")
+        raise _no_date(int(wrong.argmax()), "day", place)
     seconds = (parts["hour"] * 60 + parts["minute"]) * 60 + parts["second"]
     dates: np.ndarray = days.astype("datetime64[s]") + seconds
     return dates
 
 
-def _no_date(row: int, name: str) -> DataError:
+def _no_date(row: int, name: str, place: PlaceOfRow | None) -> DataError:
     return DataError(
-        f"row {row} is no date, by its column '{name}'",
-        place=PLACE,
+        f"{'it' if place else f'row {row}'} is no date, by its column '{name}'",
+        place=place(row) if place else PLACE,
         cure="correct it, or leave the row out of the file",
     )
 
@@ -155,8 +176,16 @@ def calendar_columns(dates: np.ndarray, parts: tuple[str, ...]) -> dict[str, np.
         "weekday": ((days.astype(np.int64) + 3) % 7) / 7,
         "month": (days.astype("datetime64[M]").astype(np.int64) % 12) / 12,
     }
-    found = {}
+    found = []
     for part in parts:
-        found[f"{part} sin"] = np.sin(2 * np.pi * turns[part])
-        found[f"{part} cos"] = np.cos(2 * np.pi * turns[part])
-    return found
+        found += [np.sin(2 * np.pi * turns[part]), np.cos(2 * np.pi * turns[part])]
+    return dict(zip(calendar_names(parts), found, strict=True))
+
+
+def calendar_names(parts: Sequence[str]) -> list[str]:
+    """Returns the names of the columns of a calendar, in order.
+
+    >>> calendar_names(["hour"])
+    ['hour sin', 'hour cos']
+    """
+    return [f"{part} {wave}" for part in parts for wave in ("sin", "cos")]

@@ -119,7 +119,7 @@ def _read_series(raw: RawTable, names: list[str], settings: DataSettings) -> Sou
         owners = owners[windows.rows[:, 0]]
         _refuse_short_clients(owners, owner_names, ask)
     read = tuple(Column.of(table, name, settings) for name in [*names, *added])
-    inputs = window_inputs(features.FeatureColumns(read, settings).inputs, windows)
+    inputs = window_inputs(features.FeatureColumns(read, settings).inputs, windows, settings)
     return SourceRows(
         raw.name,
         Arrays(torch.arange(len(y))[:, None], y),
@@ -377,4 +377,4 @@ def _images(
         like=like,
         progress=progress,
     )
-    return InputRows(x, torch.zeros(len(x), dtype=torch.bool))
+    return images.prepared(x, resized=settings.image_size is not None)

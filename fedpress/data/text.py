@@ -14,7 +14,10 @@ from torch import Tensor
 from fedpress.core.examples import Arrays
 from fedpress.data.classes import OTHER, rows_that_define_classes
 from fedpress.data.examples import InputRows, Progress, SourceRows, TargetRows
+from fedpress.data.preparation import Preparation
+from fedpress.data.preparation_parts import TextPart
 from fedpress.data.settings import DataSettings
+from fedpress.data.text_settings import TextSettings
 from fedpress.errors import DataError
 from fedpress.tasks.base import IGNORED
 
@@ -47,7 +50,7 @@ def read_text(settings: DataSettings, progress: Progress | None) -> SourceRows:
     parts: list[np.ndarray] = []
     owners: list[int] = []
     for owner, (name, documents) in enumerate(texts.items()):
-        own = [_sequences(_tokens(one, settings), number_of, settings) for one in documents]
+        own = [_sequences(tokens_of(one, settings.text), number_of, settings) for one in documents]
         sequences = np.concatenate([*own, np.zeros((0, settings.text.length + 1), dtype=np.int64)])
         if not len(sequences):
             raise DataError(
@@ -79,12 +82,14 @@ class _TextRows:
         tokens: int64 [n, length + 1]: position of each token in `words`, or `PADDING`.
         words: all tokens of all clients.
         settings: the `[data]` table of the recipe.
+        names: the vocabulary, once it is known.
         number: int64 [words + 1]: number of each word in the vocabulary; the last is of padding.
     """
 
     tokens: Tensor
     words: tuple[str, ...]
     settings: DataSettings
+    names: tuple[str, ...] = ()
     number: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def targets(self, public: Tensor) -> TargetRows:
@@ -93,6 +98,7 @@ class _TextRows:
         position = {name: at for at, name in enumerate(names)}
         # Set here, because inputs and targets must have one vocabulary. The split asks for targets
         # first.
+        self.names = names
         self.number = torch.tensor([*(position.get(word, 0) for word in self.words), 0])
         later = self.tokens[:, 1:]
         y = self.number[later]
@@ -114,7 +120,9 @@ class _TextRows:
     def inputs(self, public: Tensor) -> InputRows:
         """Returns the tokens int64 [n, length]; 0 for padding and unknown tokens."""
         x = self.number[self.tokens[:, :-1]]
-        return InputRows(x, torch.zeros(len(x), dtype=torch.bool))
+        part = TextPart(self.settings.text.model_copy(update={"vocabulary": None}), self.names)
+        about = Preparation((), encoding=self.settings.encoding, part=part)
+        return InputRows(x, torch.zeros(len(x), dtype=torch.bool), about)
 
     def _vocabulary(self, public: Tensor) -> tuple[str, ...]:
         """Returns the names of the token numbers, the first of which is `UNKNOWN`."""
@@ -141,9 +149,11 @@ def _texts(path: Path, settings: DataSettings) -> tuple[Mapping[str, list[str]],
             if child.name.startswith("."):
                 continue
             if child.is_dir():
-                texts[child.name] = [_read(file, settings) for file in sorted(child.glob("*.txt"))]
+                texts[child.name] = [
+                    read_file(file, settings.encoding) for file in sorted(child.glob("*.txt"))
+                ]
             elif child.suffix == ".txt":
-                texts.setdefault(child.stem, []).append(_read(child, settings))
+                texts.setdefault(child.stem, []).append(read_file(child, settings.encoding))
         if not texts:
             raise DataError(
                 f"no .txt file or folder in '{path}'",
@@ -153,7 +163,7 @@ def _texts(path: Path, settings: DataSettings) -> tuple[Mapping[str, list[str]],
         return texts, True
     if not path.is_file():
         raise DataError(f"no such path '{path}'", place="source 'text'", cure="check the path")
-    text = _read(path, settings)
+    text = read_file(path, settings.encoding)
     if settings.client_column is None:
         return {"": [text]}, False
     if settings.client_column != SPEAKER:
@@ -166,13 +176,21 @@ def _texts(path: Path, settings: DataSettings) -> tuple[Mapping[str, list[str]],
     return _speeches(text, path), True
 
 
-def _read(path: Path, settings: DataSettings) -> str:
-    encoding = settings.encoding or "utf-8-sig"
+def read_file(path: Path, encoding: str | None) -> str:
+    """Returns the text of a file.
+
+    Args:
+        path: the file.
+        encoding: its encoding; None: UTF-8.
+
+    Raises:
+        DataError: if the file cannot be read, or has another encoding.
+    """
     try:
-        return path.read_text(encoding)
+        return path.read_text(encoding or "utf-8-sig")
     except UnicodeError as error:
         raise DataError(
-            f"not {settings.encoding or 'UTF-8'}",
+            f"not {encoding or 'UTF-8'}",
             place=f"'{path}'",
             cure='add its encoding to [data], such as encoding = "latin-1"',
         ) from error
@@ -199,8 +217,13 @@ def _speeches(text: str, path: Path) -> dict[str, list[str]]:
     return {name: ["".join(found[name])] for name in sorted(found)}
 
 
-def _tokens(text: str, settings: DataSettings) -> list[str]:
-    return list(text) if settings.text.tokens == "characters" else WORD.findall(text)
+def tokens_of(text: str, settings: TextSettings) -> list[str]:
+    """Returns the tokens of a text: its characters, or its words and marks.
+
+    >>> tokens_of("Don't go.", TextSettings(tokens="words"))
+    ["Don't", 'go', '.']
+    """
+    return list(text) if settings.tokens == "characters" else WORD.findall(text)
 
 
 def _sequences(tokens: list[str], number_of: dict[str, int], settings: DataSettings) -> np.ndarray:

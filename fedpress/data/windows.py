@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -33,7 +34,13 @@ class Windows:
 
 
 def find_windows(
-    series: np.ndarray, order: np.ndarray | None, usable: np.ndarray, settings: SeriesSettings
+    series: np.ndarray,
+    order: np.ndarray | None,
+    usable: np.ndarray,
+    settings: SeriesSettings,
+    *,
+    new_rows: Callable[[int], str] | None = None,
+    until_the_end: bool = False,
 ) -> Windows:
     """Finds all windows that lie within one series, without a gap or an unusable row.
 
@@ -42,10 +49,14 @@ def find_windows(
         order: numbers [n] by which the rows of a series are sorted; None: the order of the file.
         usable: bool [n]; a row that is not usable ends a series as a gap does.
         settings: the table `series` of the recipe.
+        new_rows: returns where a row is, for errors of rows that are to be predicted, which may have
+            no window. None: the rows are for training.
+        until_the_end: whether the window that ends with the last row of an unbroken stretch is
+            found too if the stride passes it over.
 
     Raises:
-        DataError: if two rows of a series have the same place in the order, or no series is long
-            enough.
+        DataError: if two rows of a series have the same place in the order, or, for training, no
+            series is long enough.
     """
     count = len(series)
     # lexsort is stable: ties keep the order of the file.
@@ -57,15 +68,15 @@ def find_windows(
         inside = ~begins[1:]
         equal = inside & (steps == 0)
         if settings.ties == "error" and equal.any():
-            raise _tie(place, int(equal.argmax()))
+            raise _tie(place, int(equal.argmax()), new_rows)
         if settings.max_gap is not None:
             begins[1:] |= steps > settings.max_gap
     broken = ~usable[place]
     begins |= broken
     begins[1:] |= broken[:-1]
     edges = [*np.flatnonzero(begins).tolist(), count]
-    starts = _starts(edges, broken, settings)
-    if not len(starts):
+    starts = _starts(edges, broken, settings, until_the_end=until_the_end)
+    if not len(starts) and new_rows is None:
         raise _too_short(edges, broken, settings)
     rows = place[starts[:, None] + np.arange(settings.window)]
     last = starts + settings.window - 1
@@ -80,19 +91,25 @@ def find_windows(
     )
 
 
-def _starts(edges: list[int], broken: np.ndarray, settings: SeriesSettings) -> np.ndarray:
+def _starts(
+    edges: list[int], broken: np.ndarray, settings: SeriesSettings, *, until_the_end: bool
+) -> np.ndarray:
     """Returns the sorted positions int64 [m] at which windows begin.
 
     Args:
         edges: positions at which unbroken stretches begin, and the number of rows.
         broken: bool [n]: whether a sorted row cannot be used.
         settings: the table `series` of the recipe.
+        until_the_end: see `find_windows`.
     """
     found = [np.zeros(0, dtype=np.int64)]
     for begin, end in pairwise(edges):
-        if not broken[begin]:
-            last = end - settings.window - settings.after
-            found.append(np.arange(begin + settings.before, last + 1, settings.step))
+        if broken[begin]:
+            continue
+        first, last = begin + settings.before, end - settings.window - settings.after
+        found.append(np.arange(first, last + 1, settings.step))
+        if until_the_end and last > first and (last - first) % settings.step:
+            found.append(np.array([last]))
     return np.concatenate(found)
 
 
@@ -108,9 +125,16 @@ def _lagged(place: np.ndarray, begins: np.ndarray, lags: tuple[int, ...]) -> np.
     return found
 
 
-def _tie(place: np.ndarray, at: int) -> DataError:
+def _tie(place: np.ndarray, at: int, new_rows: Callable[[int], str] | None) -> DataError:
+    first, second = int(place[at]), int(place[at + 1])
+    if new_rows is not None:
+        return DataError(
+            f"it has the same time as {new_rows(first)}, which is of the same series",
+            place=new_rows(second),
+            cure="leave one of the two out",
+        )
     return DataError(
-        f"rows {place[at]} and {place[at + 1]} are of one series and have the same value",
+        f"rows {first} and {second} are of one series and have the same value",
         place="series.order_column",
         cure='name the columns that tell series apart in by, or set ties = "keep"',
     )

@@ -90,8 +90,8 @@ class ModelSpec(BaseModel):
         task: kind and options of the task, such as regression with mean and std, as `Task.to_json`
             returns them. Empty for classification, which needs only `class_names`.
         input_dtype: dtype of one example; for several inputs {argument of forward: dtype}.
-        preparation: how a raw row of a table becomes an example, as `Preparation.to_json` returns
-            it. Empty for examples that are no rows of a table.
+        preparation: how raw data, such as a row of a table, become an example, as
+            `Preparation.to_json` returns it. Empty if the data do not say it.
     """
 
     model_config = SETTINGS

@@ -143,7 +143,7 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
 def _preparation(
     data: data_sets.FederatedData, checkpoint: ModelSpec | None
 ) -> dict[str, JsonValue]:
-    """Returns how raw rows become examples, as JSON; {} for data that are no rows of a table.
+    """Returns how raw data become examples, as JSON; {} if the data do not say it.
 
     Args:
         data: the data set. Its standardisation and its task are those of the model.
@@ -153,7 +153,7 @@ def _preparation(
     about = data.preparation
     if about is None and checkpoint is not None and checkpoint.preparation:
         kept = data_sets.Preparation.from_json(checkpoint.preparation)
-        if data.example_shape == (kept.width,):
+        if data.example_shape == kept.shape:
             about = kept
     if about is None:
         return {}

@@ -1,4 +1,4 @@
-"""Writes `preparation.json`: how a raw row of a table becomes the network's input."""
+"""Writes `preparation.json`: how raw data, such as a row, become the network's input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedpress.workspace.state import State
 
 
 def write_preparation(state: State, folder: Path, run: Path) -> None:
-    """Writes `preparation.json` into `folder` if the model takes rows of a table, such as CSV.
+    """Writes `preparation.json` into `folder` if the data say how raw ones become inputs.
 
     Args:
         state: the state; its spec has the preparation.

@@ -247,7 +247,7 @@ def test_a_missing_column_an_empty_table_and_arrays_of_a_table_are_told(sick, tm
         fedpress.predict(run, tmp_path / "empty.csv")
     with pytest.raises(FedpressError, match=r"rows\[1\]: there is no column 'age'"):
         fedpress.predict(run, [rows[0], {"job": "cook", "insured": "true"}])
-    with pytest.raises(FedpressError, match="Linear was not trained on a table"):
+    with pytest.raises(FedpressError, match="Linear does not say how raw data"):
         fedpress.predict(torch.nn.Linear(3, 2), rows)
 
 
@@ -273,7 +273,7 @@ def test_a_model_of_an_older_run_finds_the_preparation_beside_it(sick, tmp_path)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": 2}, "version 2 of the preparation, this fedpress reads version 1; install"),
+        ({"version": 3}, "version 3 of the preparation, this fedpress reads up to 2; install"),
         ({"windows": {"length": 3}}, "a step 'windows' that this fedpress does not know"),
     ],
 )

@@ -62,7 +62,10 @@ def bind_deployed(
         seed=state.seed,
         device=state.device,
     )
-    inputs = data.preparation.to_json() if data.preparation is not None else None
+    inputs = None
+    # Clients read rows of a table by it, and nothing else yet.
+    if data.preparation is not None and data.preparation.of_rows:
+        inputs = data.preparation.to_json()
     offer = Offer.of(
         stage,
         state.spec,
