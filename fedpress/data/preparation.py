@@ -258,6 +258,8 @@ def _newer(content: Mapping[str, Any], place: str) -> DataError | None:
     unknown = sorted(set(content) - KEYS)
     for line in content["columns"]:
         unknown += sorted(set(line) - COLUMN_KEYS)
+    for key in PARTS.keys() & content.keys():
+        unknown += sorted(set(content[key]) - PARTS[key].keys)
     if unknown:
         problem = f"it has a step '{unknown[0]}' that this fedpress does not know"
         return DataError(problem, place=place, cure=cure)

@@ -23,6 +23,8 @@ class Part(Protocol):
 
     key: str
     """Key of the part in the JSON, such as "series"; it names the kind of raw input."""
+    keys: frozenset[str]
+    """All keys of its JSON; another key means a step that this version does not know."""
 
     def shape(self, width: int) -> tuple[int, ...]:
         """Returns the shape of one example; `width` is the number of inputs of a row."""
@@ -60,6 +62,7 @@ class SeriesPart:
     missing: Missing = "error"
 
     key = "series"
+    keys = frozenset({*SeriesSettings.model_fields, "missing"})
 
     def shape(self, width: int) -> tuple[int, ...]:
         """Returns [columns, window], or [columns] for windows of one row."""
@@ -102,6 +105,7 @@ class TextPart:
     vocabulary: tuple[str, ...]
 
     key = "text"
+    keys = frozenset({"tokens", "length", "vocabulary"})
 
     def shape(self, width: int) -> tuple[int, ...]:
         """Returns [length]."""
@@ -144,6 +148,7 @@ class AudioPart:
     rates: tuple[int, ...] = ()
 
     key = "audio"
+    keys = frozenset({*AudioSettings.model_fields, "rates"})
 
     def shape(self, width: int) -> tuple[int, ...]:
         """Returns [1, mels, frames]."""
@@ -186,6 +191,7 @@ class ImagePart:
     resized: bool
 
     key = "image"
+    keys = frozenset({"channels", "height", "width", "resized"})
 
     def shape(self, width: int) -> tuple[int, ...]:
         """Returns [channels, height, width]."""
