@@ -81,14 +81,14 @@ class ClientData:
 
         Rows without a known label are left out, and rows with a word that cannot be encoded.
         """
-        if offer.inputs is None:
+        # Columns and word lists come from the server, so equal rows are encoded equally everywhere.
+        about = None if offer.inputs is None else Preparation.from_json(offer.inputs)
+        if about is None or not about.of_rows:
             raise DataError(
-                "the server's data are no table",
+                "the server's data are no table with a row for each example",
                 place=f"'{self.path}'",
                 cure="give prepared arrays, a .safetensors or .npz file with x and y",
             )
-        # Columns and word lists come from the server, so equal rows are encoded equally everywhere.
-        about = Preparation.from_json(offer.inputs)
         settings = DataSettings(
             source=TABLES[self.path.suffix], path=self.path, label_column=offer.labels, **self.keys
         )
