@@ -17,11 +17,13 @@ import torch
 from pyarrow import types
 from torch import Tensor
 
+from fedpress.data.cells import as_text, cast_text, is_word, plain_text, positions_in
 from fedpress.data.classes import (
     number_classes,
     rows_that_define_classes,
     with_other_class,
 )
+from fedpress.data.declared import as_declared
 from fedpress.data.examples import TargetRows
 from fedpress.data.lines import place_of
 from fedpress.data.settings import DataSettings
@@ -50,10 +52,17 @@ class Column:
 
     @classmethod
     def of(cls, table: Any, name: str, settings: DataSettings) -> Column:
-        """Returns the column `name` of a table that `fedpress.data.tables` has read."""
+        """Returns the column `name` of a table that `fedpress.data.tables` has read.
+
+        Raises:
+            DataError: if a value is not of the type that the recipe gives to the column.
+        """
         column = table[name]
         if types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
+        if settings.type_of(name) is not None:
+            # The user says what the text means, so nothing is left to be found out.
+            return cls(name, as_declared(column, name, settings))
         text = settings.source == "csv" and is_word(column.type)
         return cls(name, column, text, settings.decimal)
 
@@ -83,15 +92,7 @@ class Column:
 
     def cast(self, kind: Any) -> Any:
         """Converts the text to the pyarrow type `kind`; text of another type becomes null."""
-        text = self._plain_text(self.values, kind)
-        try:
-            return text.cast(kind)
-        # Some private cell has another type. A cast of pyarrow fails for such a cell, so each
-        # distinct text is converted separately.
-        except pa.ArrowInvalid:
-            words = text.unique()
-            read = [_cast_or_none(word, kind) for word in words.to_pylist()]
-            return pa.chunked_array([pa.array(read, kind)]).take(pc.index_in(text, words))
+        return cast_text(self.values, kind, self.decimal)
 
     def stray_texts(self, rows: np.ndarray) -> tuple[int, int]:
         """Returns how many texts in `rows` are no numbers, and where the first of them stands.
@@ -118,7 +119,7 @@ class Column:
             return pa.float64()
         for kind in TEXT_KINDS:
             try:
-                self._plain_text(known, kind).cast(kind)
+                plain_text(known, kind, self.decimal).cast(kind)
             except pa.ArrowInvalid:
                 continue
             return kind
@@ -127,21 +128,6 @@ class Column:
         if pc.all(times).as_py():
             return pa.timestamp("s")
         return pa.string()
-
-    def _plain_text(self, text: Any, kind: Any) -> Any:
-        """Returns text as pyarrow reads it: without spaces around, and with a decimal point."""
-        text = pc.utf8_trim_whitespace(text)
-        if self.decimal == "," and types.is_floating(kind):
-            # With a decimal comma a point separates thousands: 1.234,5 is 1234.5.
-            text = pc.replace_substring(pc.replace_substring(text, ".", ""), ",", ".")
-        return text
-
-
-def _cast_or_none(word: str | None, kind: Any) -> Any:
-    try:
-        return pa.scalar(word, pa.string()).cast(kind).as_py()
-    except pa.ArrowInvalid:
-        return None
 
 
 def class_codes(
@@ -283,11 +269,13 @@ class LabelColumn:
 
         The list holds text; the column may have another type. The class "1" matches the text "1",
         the text "1.0", the integer 1 and the float 1.0. The classes "true" and "false" match
-        booleans, and text in upper or lower case.
+        booleans, and text in upper or lower case. If `types` says that the column holds words, the
+        class "01" matches the text "01" alone.
         """
         column, wanted = self.column, list(names)
         values = column.values
-        if all(map(_is_integer, wanted)):
+        are_words = is_word(values.type) and self.settings.type_of(column.name) is not None
+        if all(map(_is_integer, wanted)) and not are_words:
             # Without leading zeros, because integers from the file are turned into text without
             # them.
             wanted = [str(int(name)) for name in wanted]
@@ -310,30 +298,3 @@ class LabelColumn:
 def _is_integer(name: str) -> bool:
     # isdecimal alone would accept digits of other scripts too.
     return name.removeprefix("-").isdecimal() and name.isascii()
-
-
-def as_text(column: Any) -> Any:
-    """Returns the values as names of classes: `3`, `True`, `ill`; null stays null."""
-    # pyarrow would write true and false; numpy and Python write True and False.
-    if types.is_boolean(column.type):
-        return pc.if_else(column, "True", "False")
-    if is_word(column.type):
-        return column
-    return column.cast(pa.string())
-
-
-def positions_in(words: Any, names: Sequence[str]) -> np.ndarray:
-    """Returns int64 [n]: the position of each word in `names`; -1 if it is not there."""
-    found = pc.index_in(words, pa.array(list(names), words.type), skip_nulls=True)
-    places: np.ndarray = found.fill_null(-1).to_numpy()
-    return places.astype(np.int64)
-
-
-def is_number(kind: Any) -> bool:
-    """Returns whether a pyarrow type is an integer, a float or a decimal number."""
-    return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind))
-
-
-def is_word(kind: Any) -> bool:
-    """Returns whether a pyarrow type is text."""
-    return bool(types.is_string(kind) or types.is_large_string(kind))

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from pyarrow import types
 
 from fedpress.data import csv, tables
-from fedpress.data.columns import Column, is_number, is_word
+from fedpress.data.cells import is_number, is_word
+from fedpress.data.columns import Column
 from fedpress.data.features import MOST_STRAY, MOST_WORDS
 from fedpress.data.labelled_rows import TABLES
 from fedpress.data.lines import place_of

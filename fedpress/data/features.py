@@ -18,14 +18,16 @@ import torch
 from pyarrow import types
 from torch import Tensor
 
+from fedpress.data.cells import as_text, is_number, is_word, positions_in
 from fedpress.data.classes import OTHER
-from fedpress.data.columns import Column, as_text, is_number, is_word, positions_in
+from fedpress.data.columns import Column
 from fedpress.data.csv import NO_VALUE
+from fedpress.data.dates import date_block, is_date, likely_form, local, parts_of
 from fedpress.data.examples import InputRows
 from fedpress.data.lines import place_of
 from fedpress.data.preparation import InputColumn, Kind, Preparation, Unknown
 from fedpress.data.settings import DataSettings
-from fedpress.errors import DataError
+from fedpress.errors import Argument, DataError
 
 # A column of words may have this many different words, because each becomes an input. A column
 # with more usually holds names or free text.
@@ -38,7 +40,8 @@ MOST_STRAY = 0.1
 class FeatureColumns:
     """The feature columns of a table.
 
-    A column of numbers becomes one input, a column of words one input for each word.
+    A column of numbers becomes one input, a column of words one input for each word, a column of
+    dates the days that have passed and places in year, week and day (`fedpress.data.dates`).
     """
 
     columns: tuple[Column, ...]
@@ -55,8 +58,8 @@ class FeatureColumns:
             public: positions of the public rows.
 
         Raises:
-            DataError: if a column holds neither numbers nor words, has too many words or decimal
-                commas; if no public row gives the words or the mean of a column; or if a column
+            DataError: if a column holds neither numbers, words nor dates; if it has too many words
+                or decimal commas; if no public row gives the words or the mean of a column; or if a column
                 of numbers has other text although the setting `missing` is "error".
         """
         rows = public.numpy()
@@ -120,6 +123,8 @@ class FeatureColumns:
             missing cells; and bool [n]: whether a row is left out.
         """
         has_list = column.name in self.settings.words
+        if is_date(column.values.type) and not has_list:
+            return self._dates(column, public)
         list_is_public = column.name in self.settings.public_words
         if has_list:
             # The user listed words for this column, so "1" and "2" are words here.
@@ -140,6 +145,8 @@ class FeatureColumns:
             dropped = has_unknown & (unknown == "refused")
             return InputColumn(column.name, "words", tuple(names), unknown), block, dropped
 
+        if column.text and is_date(values.type):
+            raise _is_dates(column.name, values)
         block = number_block(values, column.name)
         kind: Kind = "truth" if types.is_boolean(values.type) else "number"
         # Public rows have numbers here. `typed` turned private cells with other text into null.
@@ -156,6 +163,17 @@ class FeatureColumns:
         drops = self.settings.missing == "drop"
         return InputColumn(column.name, kind), block, not_numbers & drops
 
+    def _dates(
+        self, column: Column, public: np.ndarray
+    ) -> tuple[InputColumn, np.ndarray, np.ndarray]:
+        """Returns the inputs of a column of dates, as `_block` does."""
+        dates = local(column.values)
+        parts = parts_of(dates.take(pa.array(public)))
+        asked = self.settings.type_of(column.name)
+        form = asked.form if asked is not None else None
+        learned = InputColumn(column.name, "date", parts=parts, form=form)
+        return learned, date_block(dates, parts), np.zeros(len(dates), dtype=bool)
+
     def _words(self, name: str, values: Any, public: np.ndarray) -> list[str]:
         """Returns the words of a column, from the recipe or from the rows that may define them."""
         if name in self.settings.words:
@@ -166,13 +184,17 @@ class FeatureColumns:
             seen = values.take(pa.array(public))
         else:
             raise _no_public_words(name)
-        if len(seen.unique()) > MOST_WORDS:
+        known = seen.drop_null()
+        words = known.unique()
+        if self.settings.types.get(name) == "integer id" and len(words) == len(known) > 1:
             raise DataError(
-                f"it has more than {MOST_WORDS} different words, too many for one input each",
+                f"all its {len(known):,} ids differ, so they tell rows apart and predict nothing",
                 place=f"feature column '{name}'",
-                cure="name it in drop_columns, or list the important words with words = { ... }",
+                cure=("set ", Argument("drop_columns", (name,))),
             )
-        return sorted(seen.unique().drop_null().to_pylist())
+        if len(words) > MOST_WORDS:
+            raise _too_many_words(name, known)
+        return sorted(words.to_pylist())
 
     def _with_other(self, words: list[str]) -> tuple[list[str], Unknown]:
         """Returns the words that get inputs, and how other words are treated."""
@@ -225,6 +247,40 @@ class FeatureColumns:
             )
 
 
+def _too_many_words(name: str, words: Any) -> DataError:
+    cure = "name it in drop_columns, or list the important words with words = { ... }"
+    if form := likely_form(words):
+        cure = f"if these are dates, set {_types_of(name, f'date {form}')}; else {cure}"
+    return DataError(
+        f"it has more than {MOST_WORDS} different words, too many for one input each",
+        place=f"feature column '{name}'",
+        cure=cure,
+    )
+
+
+def _is_dates(name: str, values: Any) -> DataError:
+    """Returns the error for a column of text that holds dates, which the recipe does not say."""
+    # `typed` understands times of day as dates and converts none of them.
+    if values.null_count == len(values):
+        return DataError(
+            "it holds times of day",
+            place=f"feature column '{name}'",
+            cure=("set ", Argument("drop_columns", (name,)), ", or write hours as numbers"),
+        )
+    return DataError(
+        "it holds dates",
+        place=f"feature column '{name}'",
+        cure=(
+            f"set {_types_of(name, 'date')} to learn from them, or ",
+            Argument("drop_columns", (name,)),
+        ),
+    )
+
+
+def _types_of(name: str, given: str) -> str:
+    return f'types = {{ "{name}" = "{given}" }}'
+
+
 def _no_public_words(name: str) -> DataError:
     return DataError(
         "it holds words, but there is no public row from which to take the list of words",
@@ -275,7 +331,7 @@ def number_block(column: Any, name: str) -> np.ndarray:
         raise DataError(
             f"holds {kind}",
             place=f"feature column '{name}'",
-            cure="expected numbers or words: name it in drop_columns",
+            cure="expected numbers, words or dates: name it in drop_columns",
         )
     numbers: np.ndarray = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
     return numbers.astype(np.float32)[:, None]

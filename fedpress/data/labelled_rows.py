@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fedpress.core.examples import Arrays
-from fedpress.data import columns, tables
+from fedpress.data import tables
+from fedpress.data.cells import as_text, positions_in
 from fedpress.data.columns import Column
 from fedpress.data.new_rows import prepare
 from fedpress.data.preparation import Preparation
@@ -99,6 +100,6 @@ def _known_words(table: Any, about: Preparation) -> Tensor:
     known = torch.ones(table.num_rows, dtype=torch.bool)
     for column in about.columns:
         if column.kind == "words" and column.unknown == "refused":
-            words = columns.as_text(table[column.name])
-            known &= torch.from_numpy(columns.positions_in(words, column.words) >= 0)
+            words = as_text(table[column.name])
+            known &= torch.from_numpy(positions_in(words, column.words) >= 0)
     return known

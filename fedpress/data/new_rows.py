@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fedpress.core.examples import Preprocess
-from fedpress.data import columns, features
+from fedpress.data import dates, features
+from fedpress.data.cells import as_text
 from fedpress.data.columns import Column
 from fedpress.data.preparation import InputColumn, Preparation
 from fedpress.errors import Argument, DataError, suggestion
@@ -119,6 +120,9 @@ def _cell(value: Any, preparation: Preparation) -> Any:
         return None
     if isinstance(value, str) and value in preparation.gaps:
         return None
+    if isinstance(value, np.datetime64):
+        # `item` would give a plain number for nanoseconds.
+        return value.astype("datetime64[us]").item()
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -131,6 +135,8 @@ def _block(
         block, unknown = features.one_hot_block(words, column.words, column.unknown)
         if unknown.any():
             _refuse_unknown(words, unknown, column, strictness)
+    elif column.kind == "date":
+        block = _dates(cells, column, strictness)
     else:
         block = _numbers(cells, column, preparation.decimal, strictness)
     gaps = np.isnan(block)
@@ -144,6 +150,22 @@ def _block(
             cure="fill it, or leave the row out",
         )
     return np.where(gaps, np.array(column.fill or (0.0,), dtype=np.float32), block)
+
+
+def _dates(cells: list[Any], column: InputColumn, strictness: Strictness) -> np.ndarray:
+    """Returns float32 [n, k], with NaN for missing cells and for cells that are no date."""
+    found = dates.dates_of_cells(cells, column.form)
+    known = found.is_valid().to_numpy()
+    for at, cell in enumerate(cells):
+        if cell is None or known[at] or not strictness.texts:
+            continue
+        form = column.form or "2024-05-01 or 2024-05-01 12:30"
+        raise DataError(
+            f"column '{column.name}' has '{str(cell)[:40]}', which is no date",
+            place=strictness.place(at),
+            cure=f"write it as {form}",
+        )
+    return dates.date_block(found, column.parts)
 
 
 def _refuse_unknown(
@@ -181,7 +203,7 @@ def _words(cells: list[Any], name: str, strictness: Strictness) -> Any:
             continue
         # As in training: the integer 3 is the word "3", and True is "True".
         try:
-            words.append(columns.as_text(pa.array([cell]))[0].as_py())
+            words.append(as_text(pa.array([cell]))[0].as_py())
         except pa.ArrowException as error:
             raise DataError(
                 f"column '{name}' holds {type(cell).__name__}",

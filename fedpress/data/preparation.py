@@ -30,10 +30,12 @@ KEYS = frozenset(
     ("version", "input", "columns", "mean", "std", "standardised_by_the_file", *FACTS, *PARTS)
 )
 """All keys of the JSON; another key means a step that this version does not know."""
-COLUMN_KEYS = frozenset({"name", "kind", "words", "unknown", "fill"})
+COLUMN_KEYS = frozenset({"name", "kind", "words", "unknown", "parts", "form", "fill"})
 """All keys of a column in the JSON."""
-Kind = Literal["number", "truth", "words"]
+Kind = Literal["number", "truth", "words", "date"]
 """Kind of a column (see `InputColumn.kind`)."""
+DATE_PARTS = {"days": 1, "month": 2, "weekday": 2, "hour": 2}
+"""Part of a date -> number of its inputs (see `InputColumn.parts`)."""
 Unknown = Literal["zeros", "other", "refused"]
 """What happens to a word that is not listed (see `InputColumn.unknown`)."""
 TABLE = "table"
@@ -46,13 +48,17 @@ class InputColumn:
 
     Attributes:
         name: name of the column.
-        kind: "number"; "truth" (true is 1, false is 0); or "words" (one-hot, one input per word).
+        kind: "number"; "truth" (true is 1, false is 0); "words" (one-hot, one input per word); or
+            "date" (see `parts`).
         words: the words in the order of their inputs. They include "other" if unknown words have
             an input of their own.
         unknown: what happens to a word that is not listed. "zeros": all inputs are 0; "other": the
             input "other" is 1; "refused": an error.
         fill: value of each input for a missing cell, before standardisation. Empty: a missing cell
             is an error.
+        parts: the parts of a date in the order of their inputs: "days" since 2000-01-01 is one
+            input; "month", "weekday" and "hour" are two each, sine and cosine.
+        form: how dates are written, such as "%d.%m.%Y"; None: ISO 8601.
     """
 
     name: str
@@ -60,10 +66,14 @@ class InputColumn:
     words: tuple[str, ...] = ()
     unknown: Unknown = "zeros"
     fill: tuple[float, ...] = ()
+    parts: tuple[str, ...] = ()
+    form: str | None = None
 
     @property
     def width(self) -> int:
         """Number of inputs that the column becomes."""
+        if self.kind == "date":
+            return sum(DATE_PARTS[part] for part in self.parts)
         return len(self.words) if self.kind == "words" else 1
 
 
@@ -149,6 +159,8 @@ class Preparation:
             # Other kinds of columns have no words.
             if column.kind == "words":
                 line |= {"words": list(column.words), "unknown": column.unknown}
+            if column.kind == "date":
+                line |= {"parts": list(column.parts), "form": column.form}
             columns.append(line | {"fill": list(column.fill) or None})
         steps, part = "the columns in order, gaps filled, then (x - mean) / std", {}
         if self.part is not None:
@@ -273,7 +285,17 @@ def _column(line: Mapping[str, Any]) -> InputColumn:
             f"column {line['name']!r} is of the kind {line['kind']!r}, unknown words {unknown!r}"
         )
     fill = tuple(map(float, line["fill"] or ()))
-    found = InputColumn(line["name"], line["kind"], tuple(line.get("words", ())), unknown, fill)
+    found = InputColumn(
+        line["name"],
+        line["kind"],
+        tuple(line.get("words", ())),
+        unknown,
+        fill,
+        parts=tuple(line.get("parts", ())),
+        form=line.get("form"),
+    )
+    if not DATE_PARTS.keys() >= {*found.parts} or (found.kind == "date") != bool(found.parts):
+        raise ValueError(f"column {found.name!r} has the parts {list(found.parts)}")
     # Checked here, because numpy would use a single value for all inputs.
     if fill and len(fill) != found.width:
         raise ValueError(

@@ -15,6 +15,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from fedpress.data import raw_rows
+from fedpress.data.dates import calendar_names
 from fedpress.data.new_rows import Strictness, raw_inputs
 from fedpress.data.preparation import Preparation
 from fedpress.data.preparation_parts import SeriesPart
@@ -28,7 +29,7 @@ from fedpress.data.series import (
     series_of_rows,
     with_lags_and_calendar,
 )
-from fedpress.data.series_order import PlaceOfRow, RowOrder, calendar_names
+from fedpress.data.series_order import PlaceOfRow, RowOrder
 from fedpress.data.series_settings import SeriesSettings
 from fedpress.data.settings import DataSettings
 from fedpress.data.tables import FILE

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fedpress.data import columns
 from fedpress.data.columns import Column
+from fedpress.data.dates import calendar_columns
 from fedpress.data.examples import InputRows, TargetRows
 from fedpress.data.partition_labels import partition_labels_of_numbers
 from fedpress.data.preparation_parts import SeriesPart
 from fedpress.data.raw_table import RawTable
-from fedpress.data.series_order import PlaceOfRow, RowOrder, calendar_columns, row_order
+from fedpress.data.series_order import PlaceOfRow, RowOrder, row_order
 from fedpress.data.series_settings import SeriesSettings
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import TargetReader, as_numbers

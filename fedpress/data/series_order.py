@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
 
-from fedpress.data.columns import Column, is_number, is_word
+from fedpress.data.cells import is_number, is_word
+from fedpress.data.columns import Column
+from fedpress.data.dates import dates_of_text, is_date, local
 from fedpress.errors import DataError
 
 PLACE = "series.order_column"
@@ -66,16 +68,13 @@ def row_order(columns: list[Column], place: PlaceOfRow | None = None) -> RowOrde
         if not numbers.null_count:
             return RowOrder(numbers.to_numpy(zero_copy_only=False))
         values = _dates_of_text(text, numbers, place)
-    if types.is_timestamp(values.type) and values.type.tz is not None:
-        # Hours and weekdays are those of the place.
-        values = pc.local_timestamp(values)
-    if not (types.is_timestamp(values.type) or types.is_date(values.type)):
+    if not is_date(values.type):
         raise DataError(
             f"column '{column.name}' holds {values.type}",
             place=PLACE,
             cure="name a column of dates or numbers",
         )
-    return _of_dates(values.cast(pa.timestamp("us")).to_numpy())
+    return _of_dates(local(values).to_numpy())
 
 
 def _of_dates(dates: np.ndarray) -> RowOrder:
@@ -99,12 +98,7 @@ def _dates_of_text(text: Column, numbers: Any, place: PlaceOfRow | None) -> Any:
         numbers: the column as numbers, null where the text is none.
         place: see `row_order`.
     """
-    dates = text.cast(pa.timestamp("us"))
-    if dates.null_count:
-        # Dates with an offset from UTC, such as 2024-05-01T12:00:00+02:00, need a type of their
-        # own.
-        with_zone = text.cast(pa.timestamp("us", "UTC"))
-        dates = with_zone if with_zone.null_count < dates.null_count else dates
+    dates = dates_of_text(text.values)
     if numbers.null_count < dates.null_count:
         row = pc.index(numbers.is_null(), True).as_py()
         problem = f"column '{text.name}' is no number, as it is in other rows"
@@ -112,6 +106,9 @@ def _dates_of_text(text: Column, numbers: Any, place: PlaceOfRow | None) -> Any:
     if dates.null_count:
         row = pc.index(dates.is_null(), True).as_py()
         cure = "write dates as 2024-05-01 or 2024-05-01 12:30:00"
+        # Rows that are to be predicted are read as the training read its own, without a recipe.
+        if place is None:
+            cure += f', or say how: types = {{ "{text.name}" = "date %d.%m.%Y" }}'
         raise _wrong_row(row, f"column '{text.name}' is no date", cure, place)
     return dates
 
@@ -157,35 +154,3 @@ def _no_date(row: int, name: str, place: PlaceOfRow | None) -> DataError:
         place=place(row) if place else PLACE,
         cure="correct it, or leave the row out of the file",
     )
-
-
-def calendar_columns(dates: np.ndarray, parts: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Returns sine and cosine of parts of dates, float64 [n] each.
-
-    A part is a place on a circle: 23:30 is as near to 0:30 as 0:30 is to 1:30.
-
-    Args:
-        dates: `datetime64` [n].
-        parts: "hour" (with its minutes), "weekday" and "month".
-    """
-    days = dates.astype("datetime64[D]")
-    seconds = (dates.astype("datetime64[s]") - days).astype(np.int64)
-    turns = {
-        "hour": seconds / 86_400,
-        # 1970-01-01, day 0, was a Thursday.
-        "weekday": ((days.astype(np.int64) + 3) % 7) / 7,
-        "month": (days.astype("datetime64[M]").astype(np.int64) % 12) / 12,
-    }
-    found = []
-    for part in parts:
-        found += [np.sin(2 * np.pi * turns[part]), np.cos(2 * np.pi * turns[part])]
-    return dict(zip(calendar_names(parts), found, strict=True))
-
-
-def calendar_names(parts: Sequence[str]) -> list[str]:
-    """Returns the names of the columns of a calendar, in order.
-
-    >>> calendar_names(["hour"])
-    ['hour sin', 'hour cos']
-    """
-    return [f"{part} {wave}" for part in parts for wave in ("sin", "cos")]

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValu
 
 from fedpress import tasks
 from fedpress.data.audio_settings import AudioSettings
+from fedpress.data.column_types import WORDS, ColumnType, checked_type
 from fedpress.data.partition import Partition
 from fedpress.data.series_settings import SeriesSettings
 from fedpress.data.text_settings import TextSettings
@@ -214,6 +215,11 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         "is decoded, one of lists of numbers becomes an array",
     )
     drop_columns: tuple[str, ...] = Field((), description="columns to leave out of the features")
+    types: dict[str, Annotated[str, AfterValidator(checked_type)]] = Field(
+        {},
+        description='how columns are understood, such as { zip = "integer id" }: number, word, '
+        "integer id, date (or date %d.%m.%Y), image, audio or text; by default as they look",
+    )
     delimiter: str = Field(
         default=",",
         min_length=1,
@@ -296,6 +302,37 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         """The columns to be predicted."""
         column = self.label_column
         return (column,) if isinstance(column, str) else column
+
+    def type_of(self, column: str) -> ColumnType | None:
+        """Returns the type that the recipe gives to a column; None if it gives none."""
+        given = self.types.get(column)
+        return None if given is None else ColumnType.of(given)
+
+    @model_validator(mode="after")
+    def _types_fit(self) -> Self:
+        if self.types and not self.reads_table:
+            raise SettingError(
+                f"source '{self.source}' is no table", place="types", cure="leave types out"
+            )
+        for name, given in self.types.items():
+            if given in WORDS:
+                continue
+            if name in self.words or name in self.public_words:
+                key = "words" if name in self.words else "public_words"
+                raise SettingError(
+                    f"column '{name}' is of the type {given}, which has no words",
+                    place=key,
+                    cure="leave it out of one of the two",
+                )
+            # The task says what targets are. Forecasts may use the column as an input, too.
+            is_input = self.series is not None and bool(self.series.horizon)
+            if name in self.label_columns and not is_input:
+                raise SettingError(
+                    f"column '{name}' is predicted, so the task says what it holds",
+                    place="types",
+                    cure=("leave it out, and set ", Argument("task", "regression"), " for numbers"),
+                )
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -259,6 +259,7 @@ COLUMN_KEYS = (
     "client_column",
     "feature_columns",
     "drop_columns",
+    "types",
     "words",
     "public_words",
 )

@@ -13,7 +13,8 @@ from pyarrow import types
 from torch import Tensor
 
 from fedpress import tasks
-from fedpress.data.columns import Column, LabelColumn, is_number, refuse_missing
+from fedpress.data.cells import is_number
+from fedpress.data.columns import Column, LabelColumn, refuse_missing
 from fedpress.data.examples import TargetRows
 from fedpress.data.partition_labels import (
     partition_labels_of_flags,

@@ -69,6 +69,7 @@ def test_the_table_as_csv_is_checked_run_and_read_back(shell, capsys):
         ("Image folders", "photos", 0.9),
         ("Sound", "tones", 0.9),
         ("A Python function", "sensors", 0.85),
+        ("Types of columns", "rentals", 0.85),
     ],
 )
 def test_the_other_sources_are_run(heading, run, least, shell):

@@ -212,9 +212,9 @@ def test_another_delimiter_can_be_given(tmp_path):
         ),
         ({"hospital": [None, "a"] * 20}, {}, r"client column 'hospital': row 1 has no value"),
         (
-            {"ward": pa.array([0] * ROWS, pa.timestamp("s"))},
+            {"ward": pa.array([0] * ROWS, pa.time32("s"))},
             {},
-            r"feature column 'ward': holds timestamp\[ms\]; expected",
+            r"feature column 'ward': holds time32\[ms\]; expected",
         ),
         ({"ward": [None] * ROWS}, {"missing": "drop"}, r"there are no rows; check"),
         ({"dose": [float("inf")] * ROWS}, {}, r"hold NaN or infinite values; remove them"),
