@@ -133,18 +133,29 @@ class FeatureColumns:
             values = column.typed()
         else:
             values = column.typed(public)
-        if is_word(values.type):
-            if not has_list and column.text:
-                seen = values if list_is_public else values.take(pa.array(public))
-                self._refuse_decimal_commas(column, seen)
-                if not list_is_public:
-                    self._refuse_stray_text(column, public)
-            words = self._words(column.name, values, public)
-            names, unknown = self._with_other(words)
-            block, has_unknown = one_hot_block(values, names, unknown)
-            dropped = has_unknown & (unknown == "refused")
-            return InputColumn(column.name, "words", tuple(names), unknown), block, dropped
+        if not is_word(values.type):
+            return self._numbers(column, values, public)
+        if not has_list and column.text:
+            seen = values if list_is_public else values.take(pa.array(public))
+            self._refuse_decimal_commas(column, seen)
+            if not list_is_public:
+                self._refuse_stray_text(column, public)
+        words = self._words(column.name, values, public)
+        names, unknown = self._with_other(words)
+        block, has_unknown = one_hot_block(values, names, unknown)
+        dropped = has_unknown & (unknown == "refused")
+        return InputColumn(column.name, "words", tuple(names), unknown), block, dropped
 
+    def _numbers(
+        self, column: Column, values: Any, public: np.ndarray
+    ) -> tuple[InputColumn, np.ndarray, np.ndarray]:
+        """Returns the inputs of a column of numbers or booleans, as `_block` does.
+
+        Args:
+            column: the column as it is in the file.
+            values: its values with their type; other text is null.
+            public: positions of the public rows.
+        """
         if column.text and is_date(values.type):
             raise _is_dates(column.name, values)
         block = number_block(values, column.name)
@@ -152,6 +163,7 @@ class FeatureColumns:
         # Public rows have numbers here. `typed` turned private cells with other text into null.
         not_numbers = values.is_null().to_numpy() & column.values.is_valid().to_numpy()
         # Without public rows a column of text counts as numbers, whatever private rows hold.
+        list_is_public = column.name in self.settings.public_words
         if not_numbers.any() and not len(public) and not list_is_public:
             raise _no_public_words(column.name)
         if not_numbers.any() and self.settings.missing == "error":
