@@ -56,13 +56,15 @@ class SeriesPart:
         settings: the windows. Its `by` names the client column too, which tells series apart in the
             training.
         missing: what a missing cell does; with "drop" a row with one ends its series.
+        form: how the dates of `order_column` are written, such as "%d.%m.%Y"; None: ISO 8601.
     """
 
     settings: SeriesSettings
     missing: Missing = "error"
+    form: str | None = None
 
     key = "series"
-    keys = frozenset({*SeriesSettings.model_fields, "missing"})
+    keys = frozenset({*SeriesSettings.model_fields, "missing", "form"})
 
     def shape(self, width: int) -> tuple[int, ...]:
         """Returns [columns, window], or [columns] for windows of one row."""
@@ -80,16 +82,18 @@ class SeriesPart:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the settings of the windows, with `missing`."""
-        return {**self.settings.model_dump(mode="json"), "missing": self.missing}
+        # Readers that do not know the key can read series without it.
+        form = {} if self.form is None else {"form": self.form}
+        return {**self.settings.model_dump(mode="json"), "missing": self.missing, **form}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> SeriesPart:
         """Reads the output of `to_json`."""
         rest = dict(content)
-        missing = rest.pop("missing")
+        missing, form = rest.pop("missing"), rest.pop("form", None)
         if missing not in get_args(Missing):
             raise ValueError(f"missing is {missing!r}")
-        return cls(SeriesSettings.model_validate(rest), missing)
+        return cls(SeriesSettings.model_validate(rest), missing, form)
 
 
 @dataclass(frozen=True)

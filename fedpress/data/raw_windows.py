@@ -76,7 +76,7 @@ def read_windows(rows: Any, about: Preparation, unknown: UnknownWords) -> RawInp
         return given.place(int(kept[row]))
 
     _refuse_gaps(table, placed, place)
-    settings = _settings(about, ask)
+    settings = _settings(about, part)
     raw = RawTable("", table, given.where)
     order = order_of_rows(raw, settings, place)
     windows = _windows(raw, order, usable, settings, place, future=bool(ask.horizon))
@@ -143,8 +143,11 @@ def _refuse_gaps(table: pa.Table, placed: list[str], place: PlaceOfRow) -> None:
             )
 
 
-def _settings(about: Preparation, ask: SeriesSettings) -> DataSettings:
+def _settings(about: Preparation, part: SeriesPart) -> DataSettings:
     """Returns the settings that the functions of the training need."""
+    ask, types = part.settings, {}
+    if part.form is not None:
+        types = {name: f"date {part.form}" for name in ask.order_columns}
     return DataSettings.model_validate(
         {
             "source": "csv",
@@ -153,6 +156,7 @@ def _settings(about: Preparation, ask: SeriesSettings) -> DataSettings:
             "label_column": about.labels,
             "delimiter": about.delimiter,
             "decimal": about.decimal,
+            "types": types,
             # Targets are not known yet.
             "series": ask.model_copy(update={"horizon": ()}),
         }

@@ -182,7 +182,9 @@ def _part(settings: DataSettings) -> SeriesPart:
     by = list(series.by)
     if settings.client_column and settings.client_column not in by:
         by.append(settings.client_column)
-    return SeriesPart(series.model_copy(update={"by": tuple(by)}), settings.missing)
+    asked = [settings.type_of(name) for name in series.order_columns]
+    form = next((one.form for one in asked if one is not None), None)
+    return SeriesPart(series.model_copy(update={"by": tuple(by)}), settings.missing, form)
 
 
 @dataclass(frozen=True)

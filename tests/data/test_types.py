@@ -347,3 +347,34 @@ def test_predict_takes_raw_rows_with_dates_and_names_a_wrong_one(table, shell):
     )
     (table.parent / "new.csv").write_text("\n".join(table.read_text().splitlines()[:4]))
     assert shell("predict", "run", "new.csv", "--unknown", "zeros").code == 0
+
+
+@pytest.mark.recipe
+def test_windows_in_the_order_of_dates_of_another_form_are_predicted(tmp_path, shell):
+    days = [(date(2024, 1, 31) + timedelta(days=at)).strftime("%d.%m.%Y") for at in range(200)]
+    text = "day,x,y\n" + "".join(f"{day},{at % 9},{at % 9 > 4}\n" for at, day in enumerate(days))
+    (tmp_path / "t.csv").write_text(text)
+    (tmp_path / "x.toml").write_text(
+        """
+        name = "x"
+        [data]
+        source = "csv"
+        path = "t.csv"
+        label_column = "y"
+        num_clients = 2
+        public_share = 0.5
+        types = { day = "date %d.%m.%Y" }
+        series = { window = 2, order_column = "day" }
+        [model]
+        architecture = "mlp"
+        [[stage]]
+        kind = "train"
+        epochs = 1
+        """
+    )
+    assert shell("run", "x.toml", "--out", "run").code == 0
+    # Sorted as text, the first of May would come before the second of February.
+    said = shell("predict", "run", "t.csv", "--out", "a.csv")
+    assert (said.code, said.err) == (0, "")
+    found = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert [row["day"] for row in found[:2]] == ["01.02.2024", "03.02.2024"]
