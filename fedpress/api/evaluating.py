@@ -160,11 +160,12 @@ class Predictions:
     Attributes:
         answers: the prediction for each example. Classification: class numbers, int64 [n].
             Multi-label classification: 0 or 1 for each label [n, k]. Regression: numbers in the
-            units of the targets.
-        probabilities: probability of each class or label [n, k]; None for a regression.
+            units of the targets. Survival: median and mean time [n, 2].
+        probabilities: probability of each class or label [n, k]; survival: that of no event until
+            each edge; None for a regression.
         outputs: outputs of the network [n, ...], for example logits. For a task of the user with
             several outputs, what forward returns.
-        names: names of the classes, of the labels, or of the numbers that a regression predicts.
+        names: names of the classes, of the labels, or of the numbers that are predicted.
         task: kind of task, such as "classification". If the model names no task, it is
             "classification" for one vector of at least 2 outputs per example, else "unknown".
         ignored: columns of raw rows that are neither inputs nor labels.
@@ -172,6 +173,7 @@ class Predictions:
             for each example.
         rows: the table of the predictions, if it is not a row for each example with its answers: a
             forecast has a row for each horizon, a text its continuation.
+        probability_names: what each probability is of, such as a class.
     """
 
     answers: Tensor
@@ -182,6 +184,7 @@ class Predictions:
     ignored: tuple[str, ...] = ()
     examples: Mapping[str, list[Any]] = field(default_factory=dict)
     rows: RawTable | None = None
+    probability_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -235,7 +238,7 @@ class Predictions:
         names = [*self.examples, *names]
         if self.probabilities is None:
             return names, rows
-        shares = [f"probability of {name}" for name in self.names]
+        shares = [f"probability of {name}" for name in self.probability_names]
         return [*names, *shares], [
             row + share for row, share in zip(rows, self.probabilities.tolist(), strict=True)
         ]
@@ -372,7 +375,14 @@ def _predictions(joined: Tensor, shape: tuple[int, ...] | None, task: Task | Non
             place="model",
             cure="define answers(self, outputs) in its class: one row for each example",
         )
-    return Predictions(answers, task.probabilities(joined), joined, task.names, task.kind)
+    return Predictions(
+        answers,
+        task.probabilities(joined),
+        joined,
+        task.answer_names,
+        task.kind,
+        probability_names=task.probability_names,
+    )
 
 
 def _preparation_of(predictor: Predictor, model: object) -> Preparation:

@@ -201,8 +201,8 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
     task: Annotated[str | dict[str, JsonValue], AfterValidator(_known_task)] | None = Field(
         None,
-        description="what is learned: classification, binary, multilabel, regression, poisson, or "
-        "a table with options; by default it follows from the targets",
+        description=f"what is learned: {', '.join(tasks.TASKS)}, or a table with options; by "
+        "default it follows from the targets",
     )
     class_weights: Literal["balanced"] | tuple[float, ...] | None = Field(
         None,

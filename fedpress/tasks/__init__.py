@@ -25,6 +25,7 @@ from fedpress.tasks.own import is_own
 from fedpress.tasks.poisson import Poisson
 from fedpress.tasks.regression import Regression
 from fedpress.tasks.segmentation import Segmentation
+from fedpress.tasks.survival import Survival
 
 TASKS: dict[str, type[Task]] = {
     task.kind: task
@@ -37,6 +38,7 @@ TASKS: dict[str, type[Task]] = {
         Forecast,
         Language,
         Segmentation,
+        Survival,
     )
 }
 """The tasks by their names in a recipe."""
@@ -208,6 +210,7 @@ __all__ = [
     "Regression",
     "Segmentation",
     "Sums",
+    "Survival",
     "Task",
     "check_settings",
     "description",

@@ -389,10 +389,20 @@ class Task(ABC):
         """Returns predictions: class numbers, 0 or 1 per label, or numbers in the targets' unit."""
         return self.to_targets(outputs)
 
+    @property
+    def answer_names(self) -> tuple[str, ...]:
+        """Names of the columns of answers [n, k]."""
+        return self.names
+
     def probabilities(self, outputs: Tensor) -> Tensor | None:
         """Returns the probability of each class or label, [n, k, ...]; None for numbers."""
         del outputs
         return None
+
+    @property
+    def probability_names(self) -> tuple[str, ...]:
+        """What each of the k probabilities is of: by default the classes or labels."""
+        return self.names
 
 
 def no_classes_error(kind: str) -> RecipeError:

@@ -42,8 +42,14 @@ def masks(n, k, chance):
     return torch.randint(0, k, (n, 3, 2), generator=chance)
 
 
+def times(n, k, chance):
+    months = 20 * torch.rand(n, generator=chance)
+    died = torch.arange(n) % 3 < 2  # so that two public rows have two event times
+    return torch.stack([months, died.float()], 1)
+
+
 TARGETS = {"flags": flags, "classes": classes, "numbers": numbers, "poisson": counts}
-TARGETS |= {"language": tokens, "segmentation": masks}
+TARGETS |= {"language": tokens, "segmentation": masks, "survival": times}
 """Makes targets of each kind; a task that takes only some of its kind has a row of its own."""
 
 NAMES = {
@@ -51,6 +57,7 @@ NAMES = {
     "binary": ("no", "yes"),
     "regression": ("price", "weight"),
     "forecast": ("now", "t+1", "t+2"),
+    "survival": ("months", "died"),
 }
 """Names that fit each task; three for one that is not here."""
 

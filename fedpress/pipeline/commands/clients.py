@@ -98,7 +98,8 @@ class Clients:
             if shape is None:
                 first = self._place_of(next(iter(raw)))
                 check_taken(first_x, model, preprocess, first)
-        task = saved or self._task(first_y, shape)
+        shared = _pair("public", self.public) if self.public is not None else None
+        task = saved or self._task(first_y, shape, None if shared is None else shared[1])
 
         def arrays(x: Inputs, y: Tensor) -> Arrays:
             rows = map_inputs(x, Tensor.float) if as_floats else x
@@ -106,7 +107,7 @@ class Clients:
 
         private = {str(name): arrays(*pair) for name, pair in raw.items()}
         none = next(iter(private.values())).take(torch.zeros(0, dtype=torch.int64))
-        public = arrays(*_pair("public", self.public)) if self.public is not None else none
+        public = none if shared is None else arrays(*shared)
         if self.test is not None:
             test = arrays(*_pair("test", self.test))
         else:
@@ -143,14 +144,16 @@ class Clients:
     def _place_of(self, name: str) -> str:
         return f"clients[{name!r}]" if self.place == "clients" else self.place
 
-    def _task(self, y: Tensor, outputs: tuple[int, ...] | None) -> Task:
+    def _task(self, y: Tensor, outputs: tuple[int, ...] | None, public: Tensor | None) -> Task:
         """Finds the task from the labels' dtype and shape and from the model's outputs.
+
+        A task that the user names may compute values, such as their mean, from public targets.
 
         Raises:
             DataError: if labels and outputs fit no task, or the number of classes is not known.
         """
         if self.task is not None:
-            return named_task(self.task, y, outputs, self.classes)
+            return named_task(self.task, y, outputs, self.classes, public=public)
         found = task_of_targets(y, outputs)
         if found is not None and not (found.kind == "binary" and self.classes):
             return found

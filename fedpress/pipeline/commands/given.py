@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -152,6 +151,8 @@ def named_task(
     y: Tensor,
     outputs: tuple[int, ...] | None,
     names: Sequence[str] | None = None,
+    *,
+    public: Tensor | None = None,
 ) -> Task:
     """Makes the task that the user names. Uses only dtype and shape of the targets.
 
@@ -160,11 +161,23 @@ def named_task(
         y: targets [n, ...].
         outputs: shape of the model's output for one example; None if it is unknown.
         names: names of the classes or numbers; None or empty: "0", "1" and so on.
+        public: public targets, from which a task computes values such as their mean; None: there
+            are none, and private ones must not be read.
 
     Raises:
         RecipeError: if there is no such task.
         ModelError: if it is the user's own, and cannot be imported.
     """
+    row, width = _named_row(given, y, outputs)
+    found = y[:0] if public is None else public
+    found = found.to(torch.int64 if row.targets == "classes" else torch.float32)
+    return tasks.make(given, tuple(names or map(str, range(width))), found)
+
+
+def _named_row(
+    given: str | Mapping[str, Any], y: Tensor, outputs: tuple[int, ...] | None
+) -> tuple[type[Task], int]:
+    """Returns the class of the task that the user names, and how many names it needs."""
     kind = tasks.kind_of(given)
     # The user has named this code in the call, which is consent to call it.
     if tasks.is_own(kind):
@@ -178,10 +191,7 @@ def named_task(
         width = outputs[0] if outputs else width
     elif row.targets == "arrays":
         width = 1
-    # An empty tensor: a task such as regression computes mean and std of the targets, but private
-    # targets must not be read.
-    none = y[:0].to(torch.int64 if row.targets == "classes" else torch.float32)
-    return tasks.make(given, tuple(names or map(str, range(width))), none)
+    return row, width
 
 
 def _with_named_task(
@@ -194,19 +204,16 @@ def _with_named_task(
     seed: int,
 ) -> FederatedData:
     """Returns a data set with the task that the user names, fitted on its public part."""
-    task = named_task(named, y, shape, class_names)
-    if task.targets == "classes":
-        names = {"num_classes": len(task.names), "class_names": task.names}
-        y = y.to(torch.int64)
-    else:
-        names, y = {}, y.to(torch.float32)
-    found = _divided(Arrays(x, y), preprocess, seed, task=task, **names)
-    # All columns of the targets, since a forecast takes the first one for the value now.
-    width = y.shape[1] if task.targets == "numbers" and y.dim() > 1 else len(task.names)
-    columns = class_names if len(class_names) == width else tuple(map(str, range(width)))
-    if task.targets == "classes":
-        columns = task.names
-    return replace(found, task=tasks.make(named, columns, found.public.y))
+    row, width = _named_row(named, y, shape)
+    classes = row.targets == "classes"
+    y = y.to(torch.int64 if classes else torch.float32)
+    # A saved forecast names its horizons, but the targets may also hold the value now.
+    fits = len(class_names) == width or row.targets != "numbers"
+    names = class_names if class_names and fits else tuple(map(str, range(width)))
+    public = y[_positions(len(y), seed).public]
+    task = tasks.make(named, names, public)
+    about = {"num_classes": len(task.names), "class_names": task.names} if classes else {}
+    return _divided(Arrays(x, y), preprocess, seed, task=task, **about)
 
 
 def _check_classes(y: Tensor, outputs: int) -> None:
@@ -226,6 +233,23 @@ def _check_classes(y: Tensor, outputs: int) -> None:
         )
 
 
+class _Positions(NamedTuple):
+    """Positions of the examples of each part of a data set, int64."""
+
+    test: Tensor
+    validation: Tensor
+    public: Tensor
+
+
+def _positions(n: int, seed: int) -> _Positions:
+    """Divides `n` examples at random into a test, a validation and a public part."""
+    # Shuffled, because data sets are often sorted by class.
+    order = public_stream(seed, "data in memory").permutation(n)
+    tests = int(TEST_SHARE * n)
+    known = tests + int(VALIDATION_SHARE * (n - tests))
+    return _Positions(order[:tests], order[tests:known], order[known:])
+
+
 def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> FederatedData:
     """Splits the examples at random into a test, a validation and a public part.
 
@@ -235,15 +259,7 @@ def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> 
         seed: seed of the random order.
         about: further fields of `FederatedData`: the task, or the classes.
     """
-    # Shuffled, because data sets are often sorted by class.
-    order = public_stream(seed, "data in memory").permutation(len(every))
-    tests = int(TEST_SHARE * len(every))
-    validation = int(VALIDATION_SHARE * (len(every) - tests))
-    test, checked, public = (
-        order[:tests],
-        order[tests : tests + validation],
-        order[tests + validation :],
-    )
+    test, checked, public = _positions(len(every), seed)
     parts = ("client 'nobody'", "public part", "validation part", "test part")
     with naming_parts(dict.fromkeys(parts, "data")):
         return FederatedData(
