@@ -98,21 +98,7 @@ class Survival(Task):
             )
         edges = tuple(map(float, self.edges))
         object.__setattr__(self, "edges", edges)
-        if isinstance(self.intervals, bool) or self.intervals != int(self.intervals):
-            raise TypeError(f"intervals = {self.intervals} is no whole number")
-        if (len(edges) or self.intervals) < 2:
-            raise RecipeError(
-                "one interval has no survival curve",
-                place="task.edges" if edges else "task.intervals",
-                cure='give two or more, or take the task "binary"',
-            )
-        after_zero = all(math.isfinite(edge) and edge > 0 for edge in edges)
-        if not after_zero or any(a >= b for a, b in itertools.pairwise(edges)):
-            raise RecipeError(
-                f"edges = {list(self.edges)} are not ascending numbers above 0",
-                place="task.edges",
-                cure="give the ends of the intervals; the first one begins at 0",
-            )
+        _check_intervals(self.intervals, edges)
         if len(self.curve) not in (0, len(edges)):
             raise DataError(
                 f"{len(edges)} edges, but a curve of {len(self.curve)} values",
@@ -358,6 +344,25 @@ class Survival(Task):
         """
         told: dict[str, JsonValue] = {"edges": list(self.edges), "curve": list(self.curve)}
         return {**super().to_json(), "intervals": len(self.edges), **told}
+
+
+def _check_intervals(intervals: int, edges: tuple[float, ...]) -> None:
+    """Refuses fewer than two intervals, and edges that are not ascending numbers above 0."""
+    if isinstance(intervals, bool) or intervals != int(intervals):
+        raise TypeError(f"intervals = {intervals} is no whole number")
+    if (len(edges) or intervals) < 2:
+        raise RecipeError(
+            "one interval has no survival curve",
+            place="task.edges" if edges else "task.intervals",
+            cure='give two or more, or take the task "binary"',
+        )
+    after_zero = all(math.isfinite(edge) and edge > 0 for edge in edges)
+    if not after_zero or any(a >= b for a, b in itertools.pairwise(edges)):
+        raise RecipeError(
+            f"edges = {list(edges)} are not ascending numbers above 0",
+            place="task.edges",
+            cure="give the ends of the intervals; the first one begins at 0",
+        )
 
 
 def _quantiles(public: Tensor, intervals: int, *, asked: bool) -> tuple[float, ...]:

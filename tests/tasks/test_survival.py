@@ -14,6 +14,7 @@ from fedpress.errors import DataError, FedpressError, RecipeError
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.start import load_data
 from fedpress.tasks import Survival
+from fedpress.tasks.censored import Grid
 from tests.harness import stages
 from tests.tasks.test_recipes import PRIVATE
 
@@ -171,7 +172,7 @@ def test_concordance_and_brier_score_are_those_of_scikit_survival():
     nonparametric = pytest.importorskip("sksurv.nonparametric")
     outputs, targets = examples(400, whole=False)
     # One time in a bin, of at most 25, and no two equal ones.
-    grid = Survival(NAMES, edges=EDGES)._grid
+    grid = Grid(EDGES)
     bins = np.unique(grid.bins(targets[:, 0]), return_index=True)[1]
     outputs, targets = outputs[bins], targets[bins]
     time, died = targets.double().numpy().T

@@ -96,18 +96,17 @@ class Clients:
             taken, shape = as_taken(first_x, model, preprocess)
             as_floats = dtype_of(taken) != dtype_of(first_x)
             if shape is None:
-                first = self._place_of(next(iter(raw)))
-                check_taken(first_x, model, preprocess, first)
-        shared = _pair("public", self.public) if self.public is not None else None
-        task = saved or self._task(first_y, shape, None if shared is None else shared[1])
+                check_taken(first_x, model, preprocess, self._place_of(next(iter(raw))))
+        shared = self._shared()
+        task = saved or self._task(first_y, shape, shared[1] if shared else None)
 
         def arrays(x: Inputs, y: Tensor) -> Arrays:
             rows = map_inputs(x, Tensor.float) if as_floats else x
             return Arrays(rows, y.to(torch.int64 if task.targets == "classes" else torch.float32))
 
         private = {str(name): arrays(*pair) for name, pair in raw.items()}
-        none = next(iter(private.values())).take(torch.zeros(0, dtype=torch.int64))
-        public = none if shared is None else arrays(*shared)
+        none = arrays(first_x[:0], first_y[:0])
+        public = arrays(*shared) if shared else none
         if self.test is not None:
             test = arrays(*_pair("test", self.test))
         else:
@@ -140,6 +139,10 @@ class Clients:
         own_test = self.test is not None and self.place == "clients"
         arguments["test part"] = "test" if own_test else self.place
         return arguments
+
+    def _shared(self) -> tuple[Inputs, Tensor] | None:
+        """Reads the public examples; None if there are none."""
+        return None if self.public is None else _pair("public", self.public)
 
     def _place_of(self, name: str) -> str:
         return f"clients[{name!r}]" if self.place == "clients" else self.place
