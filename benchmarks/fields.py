@@ -2,11 +2,13 @@
 
     python benchmarks/fields.py examples/medicine/heart.toml --data DIR --seeds 0 1 2
 
-The recipe is an example's: a federate stage with privacy, then stages that make the model smaller.
-For each seed, which also splits the rows anew, all arms start with the same weights and are measured
-on the same test rows:
+The recipe is an example's: perhaps stages on public data, then a federate stage with privacy, then
+stages that make the model smaller. For each seed, which also splits the rows anew, all arms start
+with the same weights and are measured on the same test rows:
 
-- local: each client trains alone, for as many epochs as in the federation; the mean over clients;
+- public: the stages before the federate stage; all further arms start with its result;
+- local: each client trains alone, for as many epochs as in the federation; the mean over clients
+  (`--alone N`: over N of them);
 - pooled: all rows of the clients in one place, which nobody may do;
 - federated: the recipe's federate stage without privacy;
 - private: the federate stage as it is;
@@ -41,55 +43,75 @@ from fedpress.data.settings import DataSettings
 Stages = list[dict[str, Any]]
 
 
-def arms(stages: Stages, data: FederatedData) -> Iterator[tuple[str, Stages, FederatedData]]:
-    """Yields name, stages and data of each run; "local" comes once for each client."""
-    at = next(i for i, stage in enumerate(stages) if stage["kind"] == "federate")
-    federate = stages[at]
-    alone = {
+def arms(
+    stages: Stages, data: FederatedData, alone: int | None
+) -> Iterator[tuple[str, Stages, FederatedData]]:
+    """Yields name, stages and data of each run; "local" comes once for each client.
+
+    Args:
+        stages: the federate stage and those after it.
+        data: the clients and the public part.
+        alone: number of clients that train alone, spread evenly over their list; None for all.
+    """
+    federate = stages[0]
+    # A client that is in half of the cohorts trains in half of the rounds.
+    share = federate.get("cohort", len(data.clients)) / len(data.clients)
+    rounds = max(1, round(federate["num_rounds"] * share))
+    train = {
         "kind": "train",
-        "epochs": federate["num_rounds"] * federate.get("epochs", 1),
+        "epochs": rounds * federate.get("epochs", 1),
         "optimizer": federate.get("optimizer", "sgd"),
         "momentum": federate.get("momentum", 0.0),
         **{key: federate[key] for key in ("batch_size", "lr") if key in federate},
     }
     open_ = {key: value for key, value in federate.items() if key != "privacy"}
-    for arrays in data.clients.values():
-        yield "local", [alone], replace(data, public=arrays)
+    clients = list(data.clients.values())
+    step = 1 if alone is None else max(1, len(clients) // alone)
+    for arrays in clients[::step][:alone]:
+        yield "local", [train], replace(data, public=arrays)
     pooled = Arrays(
-        torch.cat([each.x for each in data.clients.values()]),
-        torch.cat([each.y for each in data.clients.values()]),
+        torch.cat([each.x for each in clients]), torch.cat([each.y for each in clients])
     )
-    yield "pooled", [alone], replace(data, public=pooled)
-    yield "federated", [*stages[:at], open_], data
+    yield "pooled", [train], replace(data, public=pooled)
+    yield "federated", [open_], data
     yield "private", stages, data
 
 
-def results(recipe: Mapping[str, Any], data: FederatedData, stages: Stages) -> list[dict[str, Any]]:
-    """Returns the results of all stages, which begin with the weights of the recipe's seed."""
-    architecture = str(recipe["model"]["architecture"])
-    code = architecture if ":" in architecture else ()
-    with tempfile.TemporaryDirectory() as folder:
-        whole = {**recipe, "stage": stages}
-        run = fedpress.run(whole, data=data, out=f"{folder}/run", allow_code=code, progress=False)
-        return [dict(line) for line in run.result["stages"]]
+def results(
+    recipe: Mapping[str, Any], data: FederatedData, out: Path, code: str | tuple[()]
+) -> list[dict[str, Any]]:
+    """Returns the results of all stages of a recipe; `code` is the model's function, if any."""
+    run = fedpress.run(recipe, data=data, out=out, allow_code=code, progress=False)
+    return [dict(line) for line in run.result["stages"]]
 
 
-def measured(recipe: Mapping[str, Any], seed: int, wanted: list[str]) -> Iterator[dict[str, Any]]:
+def measured(
+    recipe: Mapping[str, Any], seed: int, wanted: list[str], alone: int | None
+) -> Iterator[dict[str, Any]]:
     """Yields a row for each arm: its name, and what the network is worth on the test rows."""
     recipe = {**recipe, "seed": seed}
     data = load(DataSettings(**recipe["data"]), seed)
-    for arm, stages, given in arms(recipe["stage"], data):
-        if arm not in wanted:
-            continue
-        begun = time.perf_counter()
-        lines = results(recipe, given, stages)
-        took = round(time.perf_counter() - begun, 1)
-        named = {arm: lines[-1]}
-        if arm == "private":
-            at = next(i for i, line in enumerate(lines) if line["kind"] == "federate")
-            named = {"private": lines[at], "small": lines[-1]}
-        for name, line in named.items():
-            yield {"arm": name, "seed": seed, "seconds": took, **line}
+    stages, architecture = recipe["stage"], recipe["model"]["architecture"]
+    code = architecture if ":" in architecture else ()
+    at = next(i for i, stage in enumerate(stages) if stage["kind"] == "federate")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if at:
+            row, begun = {"arm": "public", "seed": seed}, time.perf_counter()
+            lines = results({**recipe, "stage": stages[:at]}, data, folder / "public", code)
+            yield {**row, "seconds": round(time.perf_counter() - begun, 1), **lines[-1]}
+            recipe = {**recipe, "model": {"checkpoint": str(folder / "public")}}
+        for number, (arm, own, given) in enumerate(arms(stages[at:], data, alone)):
+            if arm not in wanted:
+                continue
+            begun = time.perf_counter()
+            lines = results({**recipe, "stage": own}, given, folder / str(number), code)
+            took = round(time.perf_counter() - begun, 1)
+            named = {arm: lines[-1]}
+            if arm == "private":
+                named = {"private": lines[0], "small": lines[-1]}
+            for name, line in named.items():
+                yield {"arm": name, "seed": seed, "seconds": took, **line}
 
 
 def table(rows: list[dict[str, Any]], metrics: list[str]) -> str:
@@ -119,6 +141,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--metrics", nargs="+", default=["accuracy", "balanced_accuracy", "auc"])
     parser.add_argument("--arms", nargs="+", default=["local", "pooled", "federated", "private"])
+    parser.add_argument("--alone", type=int, help="clients that train alone; all by default")
     parser.add_argument("--log", type=Path, help="append each result to this file")
     given = parser.parse_args()
     sys.path.insert(0, str(given.recipe.parent))
@@ -129,7 +152,7 @@ def main() -> None:
     recipe["data"]["path"] = str(given.data)
     rows = []
     for seed in given.seeds:
-        for row in measured(recipe, seed, given.arms):
+        for row in measured(recipe, seed, given.arms, given.alone):
             rows.append(row)
             print(
                 {key: row.get(key) for key in ("arm", "seed", "seconds", *given.metrics)},

@@ -161,6 +161,8 @@ def score_warning(stages: list[Json]) -> str:
     >>> guesser = {"accuracy": 0.5, "accuracy_warning": "it guesses"}
     >>> score_warning([{"accuracy": 0.9}, guesser]), score_warning([guesser, {"accuracy": 0.9}])
     ('it guesses', '')
+    >>> score_warning([{"auc": None, "task": "binary", "accuracy_warning": "all are ill"}])
+    'all are ill'
     """
     for key, value in _measured(stages).items():
         if key.endswith("_warning") and value:
@@ -169,8 +171,13 @@ def score_warning(stages: list[Json]) -> str:
 
 
 def _measured(stages: list[Json]) -> Json:
-    """Returns the last stage with the main metric; {} if there is none."""
-    measured = units.lines_with(stages, MetricFormat.of(stages).key)
+    """Returns the last stage that measured the network; {} if there is none.
+
+    Its main metric may be undefined (None), such as the AUC on a test set of one class. The other
+    metrics and the warning are needed then most of all.
+    """
+    key = MetricFormat.of(stages).key
+    measured = [stage for stage in stages if key in stage]
     return measured[-1] if measured else {}
 
 

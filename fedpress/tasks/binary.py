@@ -55,7 +55,15 @@ class Binary(Task):
         Metric("calibration_error", "calibration error", "lower", meaning=CALIBRATION_MEANING),
         Metric("loss", "log loss", "lower"),
     )
-    other_keys = ("majority_share", "accuracy_warning", "accuracy_error", "auc_error", "confusion")
+    other_keys = (
+        "majority_share",
+        "accuracy_warning",
+        "accuracy_error",
+        "balanced_accuracy_error",
+        "auc_error",
+        "sensitivity_error",
+        "confusion",
+    )
 
     def __post_init__(self) -> None:
         if len(self.names) != 2:
@@ -138,7 +146,7 @@ class Binary(Task):
         - `f1`: F1 of class 1.
         - `sensitivity`: share of class 1 that is found where the share `specificity` of class 0 is
           recognised.
-        - `auc_error`: standard error of the AUC.
+        - `auc_error`, `sensitivity_error`: their standard errors.
         """
         found = Classification(self.names).summary(sums)
         # For two classes F1 usually means the F1 of class 1, not the mean over both classes.
@@ -149,10 +157,18 @@ class Binary(Task):
         error = None
         if isinstance(auc, float):
             error = ranking.auc_standard_error(auc, int(sums["labels"][1]), int(sums["labels"][0]))
-        at_fixed = None
+        at_fixed = at_fixed_error = None
         if auc is not None:
             at_fixed = json_number(ranking.sensitivity(sums["scores"], self.specificity)[0])
-        return {"auc": auc, **found, "f1": f1, "sensitivity": at_fixed, "auc_error": error}
+            at_fixed_error = ranking.sensitivity_standard_error(sums["scores"], self.specificity)
+        return {
+            "auc": auc,
+            **found,
+            "f1": f1,
+            "sensitivity": at_fixed,
+            "auc_error": error,
+            "sensitivity_error": at_fixed_error,
+        }
 
     def to_json(self) -> dict[str, JsonValue]:
         """Returns the names, the threshold and the specificity."""

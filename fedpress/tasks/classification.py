@@ -76,7 +76,13 @@ class Classification(Task):
         Metric("calibration_error", "calibration error", "lower", meaning=CALIBRATION_MEANING),
         Metric("loss", "log loss", "lower"),
     )
-    other_keys = ("majority_share", "accuracy_warning", "accuracy_error", "confusion")
+    other_keys = (
+        "majority_share",
+        "accuracy_warning",
+        "accuracy_error",
+        "balanced_accuracy_error",
+        "confusion",
+    )
 
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
         """Returns the cross-entropy in nats; the loss of an example is the mean over its positions.
@@ -204,7 +210,8 @@ class Classification(Task):
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
         """Computes the metrics by key, and these further values.
 
-        - `accuracy_error`: standard error of the accuracy; None if examples have several positions.
+        - `accuracy_error`, `balanced_accuracy_error`: their standard errors; None if examples have
+          several positions.
         - `majority_share`: share of the most frequent class, 0 to 1.
         - `accuracy_warning`: a sentence if the accuracy means nothing, else None.
         - `confusion`: for each class, how often each class was predicted; None if there are more
@@ -227,17 +234,22 @@ class Classification(Task):
                 area = ranking.aucs(sums["scores"])
                 auc = json_number(area[~area.isnan()].mean())
         accuracy = float(right.sum()) / n if n else math.nan
-        error = None
+        recall = right[occurs] / labels[occurs]
+        error = balanced_error = None
         if n and independent:
             error = json_number(math.sqrt(accuracy * (1 - accuracy) / n))
+            # The recalls of the classes are independent; the variance of each is binomial.
+            variance = (recall * (1 - recall) / labels[occurs]).sum()
+            balanced_error = json_number(variance.sqrt() / len(recall))
         confusion = sums.get("confusion")
         return {
             "accuracy": json_number(accuracy),
             "majority_share": json_number(labels.max() / n) if n else None,
-            "balanced_accuracy": json_number((right[occurs] / labels[occurs]).mean()),
+            "balanced_accuracy": json_number(recall.mean()),
             "auc": auc,
             "accuracy_warning": self._warning(sums) if n else None,
             "accuracy_error": error,
+            "balanced_accuracy_error": balanced_error,
             "macro_f1": json_number(f1.mean()),
             "calibration_error": calibration,
             "confusion": None if confusion is None else confusion.tolist(),
@@ -256,7 +268,7 @@ class Classification(Task):
             return f"the model's outputs are not numbers (NaN) on {broken:,} of {n:,} test examples"
         if int(labels.max()) == n:
             only = f"all {n:,} test examples are '{name}'"
-            return f"{only}, so accuracy says nothing of the other classes"
+            return f"{only}, so there is no AUC, and accuracy says nothing of the other classes"
         accuracy = int(sums["right"].sum()) / n
         error = math.sqrt(accuracy * (1 - accuracy) / n)
         always = f"always answering '{name}' ({100 * share:.1f}% of the test examples)"

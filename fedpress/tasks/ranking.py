@@ -75,6 +75,29 @@ def sensitivity(counts: Tensor, specificity: float) -> Tensor:
     return torch.where(undefined, torch.nan, best)
 
 
+def sensitivity_standard_error(counts: Tensor, specificity: float) -> float | None:
+    """Returns the standard error of the `sensitivity` of one class; None if a class has no example.
+
+    Two things vary with the test set: which positives are above the threshold, and the threshold
+    itself, which is the quantile of few negatives. The first part is binomial. For the second, the
+    sensitivity is read at one standard error below and above the fixed specificity: half of the
+    difference is what the threshold adds (Linnet 1987, Clinical Chemistry 33, 1 derives it from
+    densities; the ROC curve itself needs none).
+
+    Args:
+        counts: `score_counts` of one class, [2, 1, BINS].
+        specificity: share of negatives that is recognised.
+    """
+    negatives, positives = counts.double().sum((1, 2)).tolist()
+    if not positives or not negatives:
+        return None
+    found = float(sensitivity(counts, specificity)[0])
+    off = math.sqrt(specificity * (1 - specificity) / negatives)
+    below = float(sensitivity(counts, max(0.0, specificity - off))[0])
+    above = float(sensitivity(counts, min(1.0, specificity + off))[0])
+    return math.sqrt(found * (1 - found) / positives + ((below - above) / 2) ** 2)
+
+
 def auc_standard_error(area: float, positives: int, negatives: int) -> float | None:
     """Returns the standard error of an AUC; None if a class has no example.
 

@@ -140,3 +140,22 @@ def test_a_metric_whose_states_are_no_sums_is_refused():
         warnings.simplefilter("ignore")  # it says that it keeps all examples
         with pytest.raises(TypeError, match="is no sum"):
             library_sums(lambda: {"rank": SpearmanCorrCoef()}, torch.ones(2), torch.ones(2))
+
+
+@pytest.mark.parametrize(("positives", "negatives"), [(140, 130), (40, 200)])
+def test_the_error_of_a_sensitivity_is_the_spread_between_test_sets(positives, negatives):
+    """Each test set is drawn anew, so its threshold varies too: twice the binomial error here."""
+    chance = torch.Generator().manual_seed(0)
+    positive = (torch.arange(positives + negatives) < positives)[:, None]
+    found, errors = [], []
+    for _ in range(300):
+        scores = torch.randn(positive.shape, generator=chance) + 1.2 * positive
+        counts = ranking.score_counts(scores, positive)
+        found.append(float(ranking.sensitivity(counts, 0.9)[0]))
+        errors.append(ranking.sensitivity_standard_error(counts, 0.9))
+    assert torch.tensor(errors).mean() == pytest.approx(torch.tensor(found).std().item(), rel=0.15)
+
+
+def test_a_sensitivity_without_negatives_has_no_error():
+    counts = ranking.score_counts(torch.randn(9, 1), torch.ones(9, 1, dtype=torch.bool))
+    assert ranking.sensitivity_standard_error(counts, 0.9) is None

@@ -1,5 +1,6 @@
 """Other tasks than classification go through recipe and command line, federated, with and without sample privacy."""
 
+import html
 import json
 import os
 import re
@@ -279,3 +280,54 @@ def test_arrays_of_other_targets_are_a_data_set(source):
     data = FederatedData("mine", {"a": part}, part, part, part)
     assert data.task.kind == "regression"
     assert data.describe()["clients"] == {"a": {"examples": 3}}
+
+
+CLINIC = """
+name = "clinic"
+[data]
+source = "csv"
+client_column = "hospital"
+label_column = "ill"
+classes = ["no", "yes"]
+public_share = 0.3
+task = "binary"
+[model]
+architecture = "mlp"
+[[stage]]
+kind = "train"
+epochs = 1
+[[stage]]
+kind = "federate"
+num_rounds = 2
+"""
+
+
+def clinics(place: Path) -> Path:
+    """Writes three hospitals; in the clinic everybody is ill."""
+    chance = torch.Generator().manual_seed(0)
+    lines = ["hospital,age,ill"]
+    for hospital in ("north", "south", "clinic"):
+        for age in torch.randint(20, 90, (60,), generator=chance).tolist():
+            lines.append(f"{hospital},{age},{'yes' if hospital == 'clinic' or age > 50 else 'no'}")
+    (place / "visits.csv").write_text("\n".join(lines))
+    return place / "visits.csv"
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("private", [False, True])
+def test_a_hospital_of_one_class_takes_part_and_has_no_auc_of_its_own(private, tmp_path):
+    final, report = ran(CLINIC + private * PRIVATE, clinics(tmp_path), tmp_path)
+    assert 0 <= final["auc"] <= 1
+    assert "NaN" not in report
+    if not private:
+        own = final["client_auc"]
+        assert own["clinic"] is None
+        assert 0 <= own["north"] <= 1
+
+
+@pytest.mark.recipe
+def test_a_test_set_of_one_class_has_no_auc_and_the_report_says_why(tmp_path):
+    text = CLINIC.replace('task = "binary"', 'task = "binary"\ntest_clients = ["clinic"]')
+    final, report = ran(text, clinics(tmp_path), tmp_path)
+    assert (final["auc"], final["auc_error"], final["sensitivity"]) == (None, None, None)
+    assert "all 60 test examples are 'yes', so there is no AUC" in html.unescape(report)
