@@ -183,6 +183,12 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     public_clients: tuple[str, ...] = Field(
         (), description="natural clients whose rows are all declared public"
     )
+    # Only a federation can teach these: what a public data set does not show.
+    public_lacks: Names | tuple[()] = Field(
+        (),
+        description="classes that the public part lacks: rows of them that no client has are not "
+        "used; for a table with classes = [...]",
+    )
     # From the public part: choices that are made on private rows would cost privacy.
     validation: Annotated[int, Field(ge=0)] | Share = Field(
         0.1,

@@ -53,6 +53,8 @@ def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> Feder
     # Without public_share and public_clients, the rows that are dealt to no client are public.
     if settings.public_share is None and not settings.public_clients and partition.rest_is_public:
         public = _without(rows, torch.cat(list(dealt.values())))
+    if settings.public_lacks:
+        public = _without_classes(examples, settings, public)
     validation, public = _split_off_validation(examples, public, settings, seed)
     parts = Parts({name: rows[index] for name, index in dealt.items()}, public, validation, test)
     return _assemble(examples, settings, parts)
@@ -164,6 +166,27 @@ def _split_off_share(
         drawn.append(own[order[:count]])
     taken = torch.cat(drawn)
     return rows[taken], _without(rows, taken)
+
+
+def _without_classes(examples: SourceRows, settings: DataSettings, public: Tensor) -> Tensor:
+    """Returns the public rows that are of none of the classes in `public_lacks`."""
+    # Classes that follow from the public rows would be without those that are taken away.
+    if examples.kind != "classes" or (examples.targets is not None and settings.classes is None):
+        raise DataError(
+            "the classes are not known before the public rows are",
+            place="public_lacks",
+            cure="name all classes with classes = [...]",
+        )
+    found = _targets(examples, settings, public)
+    for name in settings.public_lacks:
+        if name not in found.names:
+            raise DataError(
+                f"no class '{name}' (known: {', '.join(found.names)})",
+                place="public_lacks",
+                cure=suggestion(name, list(found.names)) or "name one of them",
+            )
+    numbers = torch.tensor([found.names.index(name) for name in settings.public_lacks])
+    return public[~torch.isin(found.y[public], numbers)]
 
 
 def _split_off_validation(
