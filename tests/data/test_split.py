@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -98,6 +100,34 @@ def test_what_natural_clients_do_not_use_never_becomes_public():
     data = split_rows(numbered(60, clients=4), ask(num_clients=2, examples_per_client=5), 0)
     assert [len(part) for part in data.clients.values()] == [5, 5]
     assert len(data.public) == len(data.validation) == 0
+
+
+def test_classes_that_the_public_part_lacks_are_at_the_clients_and_in_the_test_alone():
+    keys = {"num_clients": 4, "examples_per_client": 10, "validation": 5}
+    whole = split_rows(numbered(100), ask(**keys), 0)
+    data = split_rows(numbered(100), ask(**keys, public_lacks=["b"]), 0)
+    assert set(data.public.y.tolist()) | set(data.validation.y.tolist()) == {0, 2}
+    assert where_rows_went(data)["c0"] == where_rows_went(whole)["c0"]
+    assert torch.equal(data.test.y, whole.test.y)
+    assert data.class_names == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("rows", "lacks", "message"),
+    [
+        (numbered(100), ["bb"], "public_lacks: no class 'bb' (known: a, b, c); did you mean 'b'?"),
+        (
+            replace(numbered(100), targets=lambda rows: None),
+            ["b"],
+            "public_lacks: the classes are not known before the public rows are; name all classes "
+            "with classes = [...]",
+        ),
+    ],
+)
+def test_a_class_that_cannot_be_taken_away_is_refused(rows, lacks, message):
+    with pytest.raises(DataError) as caught:
+        split_rows(rows, ask(num_clients=2, examples_per_client=10, public_lacks=lacks), 0)
+    assert str(caught.value) == message
 
 
 def test_preprocessing_is_fitted_on_the_public_part_alone():
