@@ -1,4 +1,4 @@
-"""Default of credit-card clients (UCI), as customers of six banks."""
+"""Default of credit-card clients (UCI), as customers of six banks or of sixty branches."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ MONEY = (
 DELAYS = ("PAY_0", "PAY_2", "PAY_3", "PAY_4", "PAY_5", "PAY_6")
 SCHOOLS = ("graduate", "university", "school")
 """What EDUCATION 1, 2 and 3 stand for; all other codes count as school."""
+BRANCHES = 10
+"""Branches of a bank; they share its customers as cards are dealt."""
 OLD = 35
 """Banks also differ in the age of their customers: below, or from here on."""
 
@@ -38,6 +40,19 @@ def banks(path: Path | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         inputs.append(_inputs(row))
         labels.append("default" if row[LABEL] == "1" else "paid")
     return {bank: (np.array(x, np.float32), np.array(y)) for bank, (x, y) in sorted(found.items())}
+
+
+def branches(path: Path | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns branch -> (inputs [n, 22], "default" or "paid" [n]): each bank has ten branches.
+
+    Args:
+        path: the folder with `UCI_Credit_Card.csv`.
+    """
+    return {
+        f"{bank} {branch}": (x[branch - 1 :: BRANCHES], y[branch - 1 :: BRANCHES])
+        for bank, (x, y) in banks(path).items()
+        for branch in range(1, BRANCHES + 1)
+    }
 
 
 def _inputs(row: dict[str, str]) -> list[float]:
