@@ -20,7 +20,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +150,9 @@ def without(head: nn.Linear, public: Arrays) -> nn.Linear:
     return model.model
 
 
-def taught(head: nn.Linear, data: FederatedData, arm: str, epsilon: float | None, seed: int, **more: Any) -> Any:
+def taught(
+    head: nn.Linear, data: FederatedData, arm: str, epsilon: float | None, seed: int, **more: Any
+) -> Any:
     """Returns the result of one federation of the head."""
     how = ARMS[arm] | more
     if epsilon is not None:
@@ -171,7 +173,9 @@ def by_class(model: nn.Module, test: Arrays) -> dict[str, float]:
     return {name: round(100 * float(part.float().mean()), 2) for name, part in parts.items()}
 
 
-def rows(run: Path, images: FederatedData, cache: Path, seed: int, epsilons: list[float]) -> Iterator[dict[str, Any]]:
+def rows(
+    run: Path, images: FederatedData, cache: Path, seed: int, epsilons: list[float]
+) -> Iterator[dict[str, Any]]:
     """Yields one row for each arm of one run."""
     known = trunk(run, images, cache)
     data = federated(known)
@@ -179,7 +183,12 @@ def rows(run: Path, images: FederatedData, cache: Path, seed: int, epsilons: lis
     for arm in ARMS:
         for epsilon in [None] if arm == "none" else epsilons:
             result = taught(known.head(), data, arm, epsilon, seed)
-            row = {"arm": arm, "epsilon": epsilon, "seed": seed, **by_class(result.model, data.test)}
+            row = {
+                "arm": arm,
+                "epsilon": epsilon,
+                "seed": seed,
+                **by_class(result.model, data.test),
+            }
             row |= {"up": result.after["bytes_up"], "down": result.after["bytes_down"]}
             if arm in ("none", "local") and epsilon in (None, 8.0):
                 row["int8"] = in_int8(known.with_head(result.model), images)
@@ -188,25 +197,40 @@ def rows(run: Path, images: FederatedData, cache: Path, seed: int, epsilons: lis
 
 def in_int8(model: nn.Module, images: FederatedData) -> float:
     """Returns the test accuracy of the network in int8, in percent."""
-    small = fedpress.quantize(model, data=images, bits=8, progress=False, mean=images.preprocess.mean, std=images.preprocess.std)
+    small = fedpress.quantize(
+        model,
+        data=images,
+        bits=8,
+        progress=False,
+        mean=images.preprocess.mean,
+        std=images.preprocess.std,
+    )
     return round(100 * small.after["accuracy"], 2)
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(found: list[dict[str, Any]], columns: Sequence[str]) -> str:
     """Returns mean and standard deviation over the seeds of each arm."""
-    columns = ("accuracy", "new", "old", "int8", "up", "down")
-    lines = ["| trust | epsilon | " + " | ".join(columns) + " |", "| --- " * 8 + "|"]
+    lines = [
+        "| trust | epsilon | " + " | ".join(columns) + " |",
+        "| --- " * (2 + len(columns)) + "|",
+    ]
     for arm, epsilon in dict.fromkeys((row["arm"], row["epsilon"]) for row in found):
         cells = []
         for column in columns:
-            seen = [r[column] for r in found if (r["arm"], r["epsilon"]) == (arm, epsilon) and column in r]
+            seen = [
+                r[column]
+                for r in found
+                if (r["arm"], r["epsilon"]) == (arm, epsilon) and column in r
+            ]
             spread = f" ± {statistics.stdev(seen):.2f}" if len(seen) > 1 else ""
             cells.append(f"{statistics.fmean(seen):.2f}{spread}" if seen else "–")
         lines.append(f"| {arm} | {epsilon or '–'} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def choose(run: Path, images: FederatedData, cache: Path, epsilons: list[float], rates: list[float]) -> None:
+def choose(
+    run: Path, images: FederatedData, cache: Path, epsilons: list[float], rates: list[float]
+) -> None:
     """Prints the accuracy on public validation images for each learning rate."""
     known = trunk(run, images, cache)
     data = stand_in(known, 0)
@@ -215,13 +239,20 @@ def choose(run: Path, images: FederatedData, cache: Path, epsilons: list[float],
         for epsilon in [None] if arm == "none" else epsilons:
             for lr in rates:
                 result = taught(head, data, arm, epsilon, 0, lr=lr)
-                line = {"arm": arm, "epsilon": epsilon, "lr": lr, "accuracy": result.after["accuracy"]}
+                line = {
+                    "arm": arm,
+                    "epsilon": epsilon,
+                    "lr": lr,
+                    "accuracy": result.after["accuracy"],
+                }
                 print(json.dumps(line), flush=True)
 
 
 def main() -> None:
     """Prints a row for each arm, then the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders of cifar10-new-classes")
     parser.add_argument("--data", required=True, type=Path, help="folder of CIFAR-10")
     parser.add_argument("--out", required=True, type=Path, help="folder for the features")
@@ -241,7 +272,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             found.append(row)
     if found:
-        print(table(found))
+        print(table(found, ("accuracy", "new", "old", "int8", "up", "down")))
 
 
 if __name__ == "__main__":
