@@ -103,7 +103,28 @@ def delimiter_of(path: Path, usual: str = ",", encoding: str | None = None) -> s
     return likely if likely in header else usual
 
 
+def open_csv(path: Path, settings: DataSettings) -> Any:
+    """Returns a reader of batches of text columns, a `pyarrow.csv.CSVStreamingReader`.
+
+    Cells may not contain line breaks.
+
+    Raises:
+        pyarrow.ArrowException, UnicodeError: if the file cannot be read; also while reading.
+        OSError: if there is no such file.
+    """
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    encoding = settings.encoding or declared_encoding(head)
+    options = _options(path, settings.delimiter, encoding, newlines=False)
+    return pyarrow.csv.open_csv(path, **options)
+
+
 def _parse(path: Path, delimiter: str, encoding: str, *, newlines: bool) -> Any:
+    return pyarrow.csv.read_csv(path, **_options(path, delimiter, encoding, newlines=newlines))
+
+
+def _options(path: Path, delimiter: str, encoding: str, *, newlines: bool) -> dict[str, Any]:
+    """Returns pyarrow's options for reading every column as text."""
     reading = pyarrow.csv.ReadOptions(encoding=encoding)
     parsing = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=newlines)
     # The names are read first, to declare every column as text: pyarrow would guess types from all
@@ -115,9 +136,7 @@ def _parse(path: Path, delimiter: str, encoding: str, *, newlines: bool) -> Any:
         strings_can_be_null=True,
         column_types={name: pa.string() for name in names},
     )
-    return pyarrow.csv.read_csv(
-        path, read_options=reading, parse_options=parsing, convert_options=as_text
-    )
+    return {"read_options": reading, "parse_options": parsing, "convert_options": as_text}
 
 
 def declared_encoding(head: bytes) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -50,6 +50,10 @@ class InputRows:
     x: Inputs
     left_out: Tensor
     preparation: Preparation | None = None
+
+    def of_parts(self, parts: Mapping[str, Tensor]) -> Mapping[str, Inputs]:
+        """Returns the inputs of each part, from the positions of its rows."""
+        return {name: self.x[rows] for name, rows in parts.items()}
 
 
 @dataclass(frozen=True)

@@ -240,6 +240,11 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         description="encoding of a CSV file, such as latin-1; by default UTF-8, or UTF-16 with a "
         "byte order mark",
     )
+    stream: bool | None = Field(
+        None,
+        description="read csv, parquet and arrow files in batches and keep the inputs on disk; by "
+        "default if the files have more than an eighth of the memory of this machine",
+    )
     # An error by default, since both other ways change what the model learns.
     missing: Literal["error", "drop", "mean"] = Field(
         "error",

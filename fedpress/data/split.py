@@ -241,26 +241,28 @@ def _assemble(examples: SourceRows, settings: DataSettings, parts: Parts) -> Fed
     # A row without a target or without inputs is dropped.
     usable = found.known & ~inputs.left_out
     _check_clients(parts, usable)
+    asked = {f"client/{name}": rows for name, rows in parts.clients.items()}
+    asked |= {"public": parts.public, "validation": parts.validation}
+    # No row of the source's own test set is dropped.
+    if isinstance(parts.test, Tensor):
+        asked["test"] = parts.test
+    kept = {name: rows[usable[rows]] for name, rows in asked.items()}
+    part = {name: Arrays(x, found.y[kept[name]]) for name, x in inputs.of_parts(kept).items()}
     left_out: dict[str, int] = {}
+    for name, rows in asked.items():
+        word = "clients" if name.startswith("client/") else name
+        left_out[word] = left_out.get(word, 0) + len(rows) - len(kept[name])
 
-    def part(name: str, rows: Arrays | Tensor) -> Arrays:
-        # No row of the source's own test set is dropped.
-        if isinstance(rows, Arrays):
-            return rows
-        kept = rows[usable[rows]]
-        left_out[name] = left_out.get(name, 0) + len(rows) - len(kept)
-        return Arrays(inputs.x[kept], found.y[kept])
-
-    public = part("public", parts.public)
+    public = part["public"]
     preprocess = _preprocess(public.x, settings)
     task = _task(examples, settings, found.names, public.y)
     class_names = found.names if examples.kind == "classes" else ()
     data = FederatedData(
         name=examples.name,
-        clients={name: part("clients", rows) for name, rows in parts.clients.items()},
+        clients={name: part[f"client/{name}"] for name in parts.clients},
         public=public,
-        validation=part("validation", parts.validation),
-        test=part("test", parts.test),
+        validation=part["validation"],
+        test=parts.test if isinstance(parts.test, Arrays) else part["test"],
         num_classes=len(class_names),
         class_names=class_names,
         preprocess=preprocess,

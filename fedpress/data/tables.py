@@ -19,22 +19,20 @@ from fedpress import tasks
 from fedpress.core.examples import Arrays
 from fedpress.data import columns, csv, features, huggingface, images, sql
 from fedpress.data.arrow import read_arrow
+from fedpress.data.batches import BATCHES, TableFiles, with_file
 from fedpress.data.columns import Column
 from fedpress.data.examples import InputRows, Progress, SourceRows
-from fedpress.data.lines import place_of
+from fedpress.data.gaps import complete, refuse_gaps
 from fedpress.data.list_columns import is_list, stacked
 from fedpress.data.paths import refuse_no_path
 from fedpress.data.raw_table import RawTable, refuse_equal_names
 from fedpress.data.series import Forecasts, LabelsOfWindows, window_inputs, with_windows
 from fedpress.data.series_settings import SeriesSettings
 from fedpress.data.settings import DataSettings
+from fedpress.data.streamed import StreamedColumns, is_larger_than_memory
 from fedpress.data.targets import READERS, targets_of
 from fedpress.errors import DataError, first_line, suggestion
 from fedpress.tasks.forecast import Forecast
-
-# With `client_column = "file"` each file is a client with the name of the file, unless the table
-# has a column "file".
-FILE = "file"
 
 
 def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows:
@@ -43,6 +41,8 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
     Raises:
         DataError: if a file is missing or corrupt, or a column is missing or of the wrong type.
     """
+    if streams(settings):
+        return _read_streamed(settings, progress)
     raw = TABLES[settings.source](settings)
     refuse_equal_names(raw.values.column_names, raw.where)
     names = _feature_names(raw, settings)
@@ -50,10 +50,17 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
         return _read_series(raw, names, settings)
     # Incomplete rows are dropped before the split, so that shares refer to rows that are used.
     if settings.missing == "drop":
-        used = [*names, *settings.label_columns]
-        if settings.client_column:
-            used.append(settings.client_column)
-        raw = raw.filtered(_complete(raw.values, used))
+        raw = raw.filtered(complete(raw.values, [*names, *_known_before(settings)]))
+    return replace(_rows(raw, settings), inputs=_inputs(raw, names, settings, progress))
+
+
+def _known_before(settings: DataSettings) -> list[str]:
+    """Returns the columns that must be known before the split: labels and clients."""
+    return [*settings.label_columns, *filter(None, (settings.client_column,))]
+
+
+def _rows(raw: RawTable, settings: DataSettings) -> SourceRows:
+    """Returns targets and owners of the rows, without inputs."""
     table = raw.values
     if table.num_rows == 0:
         raise DataError("there are no rows", place=raw.where, cure="check the path and missing")
@@ -64,7 +71,7 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
     owners, owner_names = _owners(table, settings)
     # The inputs are computed after the split; until then `x` holds row numbers.
     rows = Arrays(torch.arange(len(y))[:, None], y)
-    found = SourceRows(
+    return SourceRows(
         raw.name,
         rows,
         owners=owners,
@@ -73,7 +80,59 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
         kind=kind,
         is_test=raw.is_test,
     )
-    return replace(found, inputs=_inputs(raw, names, settings, progress))
+
+
+def streams(settings: DataSettings) -> bool:
+    """Returns whether a table is read in batches: the recipe says so, or it is large.
+
+    Raises:
+        DataError: if the recipe says so, and the source cannot be read in batches.
+    """
+    possible = settings.source in BATCHES and settings.series is None
+    if settings.stream is None:
+        if not possible or settings.path is None:
+            return False
+        files = find(settings.path, settings.source)
+        return is_larger_than_memory(sum(file.stat().st_size for file in files))
+    if settings.stream and not possible:
+        what = f"source '{settings.source}'" if settings.series is None else "a table with series"
+        raise DataError(
+            f"{what} is not read in batches",
+            place="stream",
+            cure="leave stream out, or write the rows to parquet files",
+        )
+    return settings.stream
+
+
+def _read_streamed(settings: DataSettings, progress: Progress | None) -> SourceRows:
+    """Returns the rows of a table that is not kept in memory."""
+    assert settings.path is not None, "checked by DataSettings"
+    files = find(settings.path, settings.source)
+    table = TableFiles(files, settings)
+    where = f"'{settings.path}'"
+    first = RawTable(_name_of(files), table.first(), where)
+    refuse_equal_names(first.values.column_names, where)
+    names = _feature_names(first, settings)
+    for name in names:
+        kind = first.values.schema.field(name).type
+        if types.is_struct(kind) or is_list(kind):
+            raise DataError(
+                f"holds {kind}, and a table that is read in batches has numbers, words and dates",
+                place=f"feature column '{name}'",
+                cure="set stream = false, if the table fits into memory",
+            )
+    known = _known_before(settings)
+    kept = None
+    if settings.missing == "drop":
+        # Rows are dropped before the split, so that shares refer to rows that are used.
+        masks = [complete(part, [*names, *known]) for part in table.batches([*names, *known])]
+        kept = np.concatenate([mask.to_numpy(zero_copy_only=False) for mask in masks])
+    parts = list(table.batches(known))
+    raw = replace(first, values=_concatenate(parts, files[:1] * len(parts)))
+    if kept is not None:
+        raw = raw.filtered(pa.array(kept))
+    columns = StreamedColumns(table, names, raw.values.num_rows, kept, settings, progress)
+    return replace(_rows(raw, settings), inputs=columns.inputs)
 
 
 def _owners(table: Any, settings: DataSettings) -> tuple[Tensor | None, tuple[str, ...]]:
@@ -92,11 +151,11 @@ def _read_series(raw: RawTable, names: list[str], settings: DataSettings) -> Sou
     if settings.missing == "drop":
         # A row without a place in a series is left out; one with a gap ends its series.
         placed = [*ask.by, *ask.order_columns, *filter(None, (settings.client_column,))]
-        raw = raw.filtered(_complete(raw.values, placed))
-        mask = _complete(raw.values, [*names, *settings.label_columns])
+        raw = raw.filtered(complete(raw.values, placed))
+        mask = complete(raw.values, [*names, *settings.label_columns])
         usable = mask.to_numpy(zero_copy_only=False)
     elif settings.missing == "error":
-        _refuse_gaps(raw.values, names, settings)
+        refuse_gaps(raw.values, names, settings)
     if not raw.values.num_rows:
         raise DataError("there are no rows", place=raw.where, cure="check the path and missing")
     raw, added, windows = with_windows(raw, usable, settings)
@@ -156,7 +215,7 @@ def _inputs(
     if len(names) == 1 and is_list(first.type):
         return lambda public: stacked(first, names[0])
     if settings.missing == "error":
-        _refuse_gaps(table, names, settings)
+        refuse_gaps(table, names, settings)
     read = tuple(Column.of(table, name, settings) for name in names)
     return features.FeatureColumns(read, settings).inputs
 
@@ -221,8 +280,12 @@ def read_files(settings: DataSettings) -> RawTable:
     assert settings.path is not None, "checked by DataSettings"
     files = find(settings.path, settings.source)
     table = _concatenate([_read_file(file, settings) for file in files], files)
-    name = files[0].stem if len(files) == 1 else files[0].parent.name
-    return RawTable(name, table, f"'{settings.path}'")
+    return RawTable(_name_of(files), table, f"'{settings.path}'")
+
+
+def _name_of(files: Sequence[Path]) -> str:
+    """Returns the name of a table for the report."""
+    return files[0].stem if len(files) == 1 else files[0].parent.name
 
 
 TABLES: dict[str, Callable[[DataSettings], RawTable]] = {
@@ -234,10 +297,7 @@ TABLES: dict[str, Callable[[DataSettings], RawTable]] = {
 
 
 def _read_file(path: Path, settings: DataSettings) -> Any:
-    table = READERS_OF_FILES[settings.source](path, settings)
-    if settings.client_column == FILE and FILE not in table.column_names:
-        table = table.append_column(FILE, pa.array([path.stem] * table.num_rows, pa.string()))
-    return table
+    return with_file(READERS_OF_FILES[settings.source](path, settings), path, settings)
 
 
 def _concatenate(tables: list[Any], files: list[Path]) -> Any:
@@ -324,32 +384,6 @@ def _feature_names(raw: RawTable, settings: DataSettings) -> list[str]:
             cure="check feature_columns and drop_columns",
         )
     return names
-
-
-def _complete(table: Any, names: list[str]) -> Any:
-    """Returns a mask of the rows that have a value in every column of `names`."""
-    complete = pa.array([True] * table.num_rows)
-    for name in names:
-        complete = pc.and_(complete, pc.invert(_is_missing(table[name])))
-    return complete
-
-
-def _refuse_gaps(table: Any, names: list[str], settings: DataSettings) -> None:
-    for name in names:
-        gaps = _is_missing(table[name])
-        count = pc.sum(gaps).as_py()
-        if count:
-            where = place_of(pc.index(gaps, True).as_py(), settings)
-            raise DataError(
-                f"{count} of {table.num_rows} rows have no value (first: {where})",
-                place=f"feature column '{name}'",
-                cure="set missing = 'drop' or 'mean', or name it in drop_columns",
-            )
-
-
-def _is_missing(column: Any) -> Any:
-    # pyarrow can compare with NaN only in columns of floats.
-    return pc.is_null(column, nan_is_null=bool(types.is_floating(column.type)))
 
 
 def _images(
