@@ -15,6 +15,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from fedpress.data import raw_rows
+from fedpress.data.batches import FILE
 from fedpress.data.dates import calendar_names
 from fedpress.data.new_rows import Strictness, raw_inputs
 from fedpress.data.preparation import Preparation
@@ -32,7 +33,6 @@ from fedpress.data.series import (
 from fedpress.data.series_order import PlaceOfRow, RowOrder
 from fedpress.data.series_settings import SeriesSettings
 from fedpress.data.settings import DataSettings
-from fedpress.data.tables import FILE
 from fedpress.data.windows import Windows, find_windows
 from fedpress.errors import DataError
 
@@ -147,7 +147,7 @@ def _settings(about: Preparation, part: SeriesPart) -> DataSettings:
     """Returns the settings that the functions of the training need."""
     ask, types = part.settings, {}
     if part.form is not None:
-        types = {name: f"date {part.form}" for name in ask.order_columns}
+        types = dict.fromkeys(ask.order_columns, f"date {part.form}")
     return DataSettings.model_validate(
         {
             "source": "csv",

@@ -83,6 +83,19 @@ def test_batches_give_the_same_numbers_as_memory(tmp_path, source, missing):
     )
 
 
+@pytest.mark.parametrize("source", WRITERS)
+def test_declared_types_and_dates_are_read_alike(tmp_path, source):
+    path = tmp_path / f"visits.{source}"
+    days = np.datetime64("2024-05-01") + np.arange(200) % 50
+    rows = table().append_column("since", pa.array(days))
+    WRITERS[source](rows.append_column("ward", pa.array(np.arange(200) % 3)), path)
+    asked = settings(source, path, types={"since": "date", "ward": "word"})
+    same(
+        load(asked.model_copy(update={"stream": True}), 0),
+        load(asked.model_copy(update={"stream": False}), 0),
+    )
+
+
 @pytest.mark.parametrize("unknown", [None, "drop", "other"])
 def test_words_that_only_clients_have_are_treated_alike(tmp_path, unknown):
     path = tmp_path / "visits.csv"
