@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +45,7 @@ class Predictor:
         given: whether the user has given this standardisation.
         task: the task that the model was trained for; None if it is not known.
         preparation: how raw data become inputs; None if the model does not say it.
+        of_columns: maps raw columns of a table to outputs, for a file that prepares them itself.
     """
 
     compute: Callable[[Inputs, Preprocess], Outputs]
@@ -51,6 +53,7 @@ class Predictor:
     given: bool
     task: Task | None
     preparation: Preparation | None
+    of_columns: Callable[[Mapping[str, np.ndarray]], Outputs] | None = None
 
     def outputs_of_raw(self, raw: RawInputs) -> Outputs:
         """Runs the model on examples that were made of raw data.
@@ -58,6 +61,8 @@ class Predictor:
         Raises:
             FedpressError: if the model does not take them.
         """
+        if self.of_columns is not None:
+            return self.of_columns(raw.columns)
         return self.outputs(raw.x, raw=True)
 
     def outputs(self, x: Inputs, *, raw: bool) -> Outputs:
@@ -161,7 +166,20 @@ def _of_file(path: Path, own: Preprocess | None) -> Predictor:
         found = deploy.file_logits(path, standard(x)).float()
         return found, tuple(found.shape[1:])
 
-    return Predictor(compute, preprocess, own is not None, task, about)
+    def of_columns(columns: Mapping[str, np.ndarray]) -> Outputs:
+        several = task is not None and task.several_outputs
+        outputs = deploy.column_outputs(path, columns, structured=several)
+        return outputs, None if several else tuple(outputs.shape[1:])
+
+    if deploy.INSIDE not in metadata:
+        return Predictor(compute, preprocess, own is not None, task, about)
+    if own is not None:
+        raise ModelError(
+            "the file standardises its inputs itself",
+            place="mean",
+            cure="leave mean and std out, or export it again with another one",
+        )
+    return Predictor(compute, preprocess, False, task, about, of_columns)
 
 
 def _beside(*folders: Path) -> Preparation | None:

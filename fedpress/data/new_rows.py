@@ -113,6 +113,31 @@ def raw_inputs(
     return torch.from_numpy(np.concatenate(blocks, axis=1))
 
 
+def raw_columns(
+    table: Mapping[str, Sequence[Any]], preparation: Preparation
+) -> dict[str, np.ndarray]:
+    """Returns the columns as an exported file takes them that prepares them itself.
+
+    Args:
+        table: name of each column -> its cells, as `prepare` takes them.
+        preparation: how the columns become inputs.
+
+    Returns:
+        Name of each column -> float32 [n, 1], with NaN for missing cells; or its words [n, 1], as
+        Python's text, which is empty for missing cells.
+    """
+    found = {}
+    for column in preparation.columns:
+        cells = [_cell(value, preparation) for value in table[column.name]]
+        if column.kind == "words":
+            words = _words(cells, column.name, AS_TRAINED).to_pylist()
+            texts = ["" if word is None else word for word in words]
+            found[column.name] = np.array(texts, dtype=object)[:, None]
+        else:
+            found[column.name] = _numbers(cells, column, preparation.decimal, AS_TRAINED)
+    return found
+
+
 def _cell(value: Any, preparation: Preparation) -> Any:
     """Returns the value of one cell; None if it is missing."""
     # pandas marks a missing cell by NaN, in columns of words too.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from fedpress.data.paths import similar_path
@@ -26,7 +27,8 @@ class RawInputs:
         x: the inputs before standardisation [n, ...].
         ignored: columns that were given, and are neither inputs nor labels.
         names: columns that tell the examples apart, such as "file" or "time" -> a value for each.
-        cells: column of inputs -> its cells, for rows of a table; else empty.
+        columns: column of inputs -> its cells [n, 1], for rows of a table: float32, with NaN for
+            missing cells, or text, which is empty there. Else empty.
         tokens: the token numbers of each text; else empty.
         table: makes the table of predictions from the answers [n, ...], if it is not a row for each
             example with its answers.
@@ -35,7 +37,7 @@ class RawInputs:
     x: Tensor
     ignored: tuple[str, ...] = ()
     names: Mapping[str, list[Any]] = field(default_factory=dict)
-    cells: Mapping[str, list[Any]] = field(default_factory=dict)
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     tokens: tuple[tuple[int, ...], ...] = ()
     table: Callable[[Tensor], Table] | None = None
 

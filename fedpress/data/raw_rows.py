@@ -15,7 +15,7 @@ import pyarrow as pa
 from fedpress.data import csv, tables
 from fedpress.data.labelled_rows import TABLES
 from fedpress.data.lines import line_of
-from fedpress.data.new_rows import Strictness, raw_inputs, refuse_rows_without
+from fedpress.data.new_rows import Strictness, raw_columns, raw_inputs, refuse_rows_without
 from fedpress.data.preparation import Preparation
 from fedpress.data.raw_inputs import RawInputs, UnknownWords
 from fedpress.data.raw_table import refuse_equal_names
@@ -83,7 +83,7 @@ def read_rows(rows: Any, about: Preparation, unknown: UnknownWords) -> RawInputs
     return RawInputs(
         raw_inputs(cells, about, strictness),
         table.others([*needed, *about.labels]),
-        cells=cells,
+        columns=raw_columns(cells, about),
     )
 
 

@@ -17,10 +17,12 @@ from fedpress.deploy.ondevice import export_training
 from fedpress.deploy.onnx import export_onnx
 from fedpress.deploy.processor import Processor, this_processor
 from fedpress.deploy.qdq import IntegerFormat, QuantizedProgram, quantized_program
+from fedpress.deploy.raw_columns import INSIDE, RawColumns
 from fedpress.deploy.runtime import (
     Latency,
     Parity,
     agreement,
+    column_outputs,
     file_logits,
     file_outputs,
     latency,
@@ -36,6 +38,7 @@ from fedpress.deploy.timing import Runnable, time_in_turn
 
 __all__ = [
     "FORMATS",
+    "INSIDE",
     "ROUNDING",
     "TOLERANCE",
     "Artifact",
@@ -48,9 +51,11 @@ __all__ = [
     "Parity",
     "Processor",
     "QuantizedProgram",
+    "RawColumns",
     "Runnable",
     "Session",
     "agreement",
+    "column_outputs",
     "export",
     "export_all",
     "export_onnx",

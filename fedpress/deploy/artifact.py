@@ -16,6 +16,7 @@ from fedpress.core.examples import Preprocess
 from fedpress.core.files import replacing, writing
 from fedpress.core.inputs import Example
 from fedpress.deploy.examples import InputSpec, check_tensors, example_of, is_shape
+from fedpress.deploy.raw_columns import RawColumns
 from fedpress.errors import Argument, ExportError
 from fedpress.nn.observers import Observer
 
@@ -49,6 +50,8 @@ class Job:
             `fedpress.nn.observers`).
         weight_bits: bits to which float weights of the model are quantized; 7 for processors on
             which sums of 8-bit products overflow (see docs/devices.md).
+        columns: ONNX: the preparation of a table, which becomes part of the graph; the file then takes
+            raw columns. None: the file takes standardised inputs.
     """
 
     input_shape: tuple[int, ...] = ()
@@ -58,6 +61,7 @@ class Job:
     observer: Observer = "minmax"
     weight_bits: Literal[7, 8] = 8
     example: Example | None = None
+    columns: RawColumns | None = None
 
     def __post_init__(self) -> None:
         # A tensor is a sequence too: its rows would pass as batches.
@@ -109,7 +113,6 @@ class Job:
         """Returns the metadata of the file, which tells a device how to prepare a raw example."""
         # The version goes last, so that a caller's entry cannot replace it.
         entries = {**self.metadata, "fedpress_version": fedpress.__version__}
-
         if self.example is not None and not isinstance(self.example, Tensor):
             listed = "the tensors that the file lists, each with the batch dimension first"
             return entries | {"input": f"{listed}; bytes / 255, other numbers as they are"}
@@ -123,7 +126,7 @@ class Job:
                 "input": f"{name} [N, *input_shape]",
                 "input_shape": json.dumps(list(shape)),
             }
-        return {
+        found = {
             **entries,
             "input": (
                 "float32 [N, *input_shape]: bytes / 255 (floats as they are), "
@@ -133,6 +136,7 @@ class Job:
             "mean": json.dumps(list(self.preprocess.mean)),
             "std": json.dumps(list(self.preprocess.std)),
         }
+        return found if self.columns is None else found | self.columns.metadata()
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from fedpress.deploy.examples import (
 from fedpress.deploy.onnx_integers import make_integer_
 from fedpress.deploy.processor import options_for
 from fedpress.deploy.qdq import IntegerFormat, quantized_program
+from fedpress.deploy.raw_columns import RawColumns
 from fedpress.deploy.session import FileInput, Session
 from fedpress.errors import ExportError
 from fedpress.nn.quantized import quantized_layers
@@ -100,13 +101,16 @@ def make_onnx(model: nn.Module, job: Job, *, fewest_bits: int = 2) -> OnnxModel:
     with silence():
         captured = program if program is not None else capture(model, job.input_spec)
         inputs = names_of(model, ordered(model, example_of(job.input_spec)))
-        proto = _convert(captured, inputs, _unique_names(inputs, outputs))
+        names = inputs if job.columns is None else job.columns.names
+        proto = _convert(captured, inputs, _unique_names(names, outputs))
     _remove_traces_(proto)
     metadata = job.file_metadata()
     if structure != 0:
         metadata[OUTPUTS] = json.dumps(structure)
     if program is not None and make_integer_(proto, fewest_bits):
         metadata[WIDE] = "true"
+    if job.columns is not None:
+        job.columns.insert_(proto)
     # Last, because `_remove_traces_` deletes the metadata that the exporter has written.
     onnx.helper.set_model_props(proto, metadata)
     return OnnxModel(proto, metadata, left_float, program, rounds)
@@ -168,7 +172,10 @@ def open_onnx(path: str | Path, threads: int = 0) -> Session:
     structure: Structure = 0 if len(outputs) == 1 else list(range(len(outputs)))
     if OUTPUTS in metadata:
         structure = json.loads(metadata[OUTPUTS])
-    return Session(str(path), "onnxruntime", inputs, outputs, compute, structure, threads, needed)
+    columns = RawColumns.of_file(metadata, str(path))
+    return Session(
+        str(path), "onnxruntime", inputs, outputs, compute, structure, threads, needed, columns
+    )
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -196,7 +203,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def _dtype(type: str) -> np.dtype[Any]:
     """Returns the numpy dtype of `tensor(float)`, `tensor(int64)` and so on."""
     name = type.removeprefix("tensor(").removesuffix(")")
-    return np.dtype({"float": "float32", "double": "float64"}.get(name, name))
+    of_numpy = {"float": "float32", "double": "float64", "string": "object"}
+    return np.dtype(of_numpy.get(name, name))
 
 
 def _outputs(model: nn.Module, job: Job) -> tuple[Structure, list[str]]:

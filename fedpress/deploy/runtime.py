@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -298,6 +298,32 @@ def structured_outputs(path: str | Path, x: Inputs, preprocess: Preprocess) -> A
     for part in _calls_of_rows(path, x, preprocess):
         flat = [torch.from_numpy(np.array(out)) for out in session.flat(*part[0], **part[1])]
         found.append(unflatten(session.structure, flat))
+    return joined_outputs(found)
+
+
+def column_outputs(path: str | Path, columns: Mapping[str, np.ndarray], *, structured: bool) -> Any:
+    """Returns the outputs of a file that prepares raw columns itself.
+
+    Args:
+        path: the file.
+        columns: name of each column -> its cells [n, 1].
+        structured: whether all outputs are returned, as the model's forward returned them; else the
+            output `logits`, or the first one.
+
+    Raises:
+        ExportError: if the file cannot be run, or lacks one of the columns.
+    """
+    session = open_file(path)
+    wanted = [each.name for each in session.inputs]
+    rows = len(next(iter(columns.values())))
+    found = []
+    for start in range(0, rows, BATCH_SIZE):
+        part = {name: columns[name][start : start + BATCH_SIZE] for name in wanted}
+        if structured:
+            flat = [torch.from_numpy(np.array(out)) for out in session.flat(**part)]
+            found.append(unflatten(session.structure, flat))
+        else:
+            found.append(torch.from_numpy(np.array(session.main(**part))))
     return joined_outputs(found)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedpress.deploy.examples import Structure, main_output, unflatten
 from fedpress.deploy.processor import conditions
+from fedpress.deploy.raw_columns import RawColumns
 from fedpress.errors import ExportError
 
 
@@ -47,6 +48,9 @@ class Session:
         options: options that were set in the runtime (see `deploy.processor`).
         compute: runs the file: maps a list of arrays in the order of `inputs` to a list of arrays
             in the order of `outputs`.
+        columns: the preparation inside the file, which then takes raw columns by name. One array by
+            position is of standardised inputs: it is turned back into raw columns. None: the file
+            takes standardised inputs.
     """
 
     path: str
@@ -57,6 +61,7 @@ class Session:
     structure: Structure = 0
     threads: int = 0
     options: Mapping[str, str] = field(default_factory=dict)
+    columns: RawColumns | None = None
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         """Runs the file.
@@ -89,6 +94,8 @@ class Session:
         # A single dictionary holds all inputs by name.
         if len(args) == 1 and isinstance(args[0], Mapping):
             named, args = {**args[0], **named}, ()
+        if self.columns is not None and len(args) == 1 and not named:
+            return self.columns.arrays(np.asarray(args[0]))
         names = [each.name for each in self.inputs]
         # An input that is given twice, by position and by name, takes the value given by name.
         given = {**dict(zip(names, args, strict=False)), **named}
@@ -112,6 +119,9 @@ def _converted(file_input: FileInput, value: Any, path: str) -> np.ndarray:
     the fraction would be lost.
     """
     found = np.asarray(value)
+    # Text, which numpy would store with a fixed length.
+    if file_input.dtype == object and found.dtype.kind in "UO":
+        return found.astype(object)
     if found.dtype == file_input.dtype:
         return np.ascontiguousarray(found)
     takes_floats = np.issubdtype(file_input.dtype, np.floating)

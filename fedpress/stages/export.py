@@ -17,7 +17,7 @@ from fedpress import deploy
 from fedpress.core.inputs import Inputs
 from fedpress.core.random_source import public_stream
 from fedpress.core.settings import SETTINGS
-from fedpress.deploy import FORMATS, Artifact, Job
+from fedpress.deploy import FORMATS, Artifact, Job, RawColumns
 from fedpress.deploy.examples import InputSpec
 from fedpress.errors import Argument, DataError, SettingError
 from fedpress.nn.observers import Observer
@@ -62,6 +62,11 @@ class ExportStage(BaseModel, Stage):
     calibration: int = Field(
         256, ge=1, description="int8: public examples on which ranges are measured"
     )
+    preparation: Literal["beside", "inside"] = Field(
+        "beside",
+        description="ONNX: with inside, the file takes raw columns of a table, and fills, encodes "
+        "and standardises them itself",
+    )
     parity_examples: int = Field(
         256, ge=1, description="test examples on which the file is compared with the torch model"
     )
@@ -80,6 +85,16 @@ class ExportStage(BaseModel, Stage):
                 "7 bits are for weights that int8 quantizes, and int8 is false",
                 place="weight_bits",
                 cure=("give ", Argument("int8", True), ", or leave weight_bits out"),
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _onnx_prepares_inside(self) -> ExportStage:
+        if self.preparation == "inside" and self.format != "onnx":
+            raise SettingError(
+                f"files of {self.format} take no words, so they cannot prepare raw columns",
+                place="preparation",
+                cure=("give ", Argument("format", "onnx"), ", or leave preparation out"),
             )
         return self
 
@@ -196,6 +211,7 @@ class ExportStage(BaseModel, Stage):
             given,
             preprocess=state.data.preprocess,
             metadata=_metadata(state),
+            columns=RawColumns.of(state.spec.preparation) if self.preparation == "inside" else None,
             batches=self._batches(state, few=few) if self.int8 else (),
             observer=self.observer,
             weight_bits=self.weight_bits,
