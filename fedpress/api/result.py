@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from fedpress.errors import RunError
 from fedpress.models import ModelSpec, memory
 from fedpress.reports.comparison import comparison_table
 from fedpress.reports.detail_tables import unchanged_table
+from fedpress.reports.headline import score_warning
 from fedpress.reports.table import Table
 from fedpress.workspace.atomic import read_json
 from fedpress.workspace.damage import CURES
@@ -79,15 +81,22 @@ class Result:
         """Returns a table of the old and the new model: metrics, size, latency, bytes, epsilon.
 
         A second table gives the reasons for layers that the stage did not change, and for settings
-        that it chose itself. It is left out if there are none.
+        that it chose itself. It is left out if there are none. The last line warns of a model that
+        is no better than guessing.
         """
-        return "\n\n".join(shown.as_text(table) for table in self._tables())
+        parts = [shown.as_text(table) for table in self._tables()]
+        return "\n\n".join([*parts, *self._warnings()])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        """Returns the same tables for a notebook."""
-        return "".join(shown.as_html(table) for table in self._tables())
+        """Returns the same tables and warning for a notebook."""
+        warnings = (f"<p>{html.escape(warning)}</p>" for warning in self._warnings())
+        return "".join([*(shown.as_html(table) for table in self._tables()), *warnings])
+
+    def _warnings(self) -> list[str]:
+        found = score_warning([dict(self.after)])
+        return [f"warning: {found}"] if found else []
 
     def _tables(self) -> list[Table]:
         after = dict(self.after)

@@ -60,7 +60,11 @@ def with_stage_signature(function: Call) -> Call:
     )
     # A key with a dot, such as `privacy.delta`, belongs to a nested table. The table is a key too,
     # and is listed.
-    lines = [f"    {row.key}: {row.meaning}" for row in recipes.keys(kind) if "." not in row.key]
+    lines = []
+    for row in recipes.keys(kind):
+        *tables, name = row.key.split(".")
+        if not tables or tables == ["privacy"]:
+            lines.append(f"{'    ' * (len(tables) + 1)}{name}: {row.meaning}")
     function.__doc__ = "\n".join(
         [
             inspect.cleandoc(function.__doc__ or ""),

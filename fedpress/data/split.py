@@ -153,7 +153,10 @@ def _split_off_share(
     if examples.spans is not None:
         # Neighbouring windows share readings, so they are not drawn at random: the past is public,
         # and the future is for testing.
-        return split_by_time(examples.spans, rows, share, last=stream == "test")
+        taken, rest = split_by_time(examples.spans, rows, share, last=stream == "test")
+        if len(rows) and not len(rest) and share < 1:
+            raise _nothing_left(f"{stream}_share")
+        return taken, rest
     owners = torch.zeros_like(rows) if examples.owners is None else examples.owners[rows]
     drawn = [torch.zeros(0, dtype=torch.int64)]
     for owner in owners.unique().tolist():
@@ -206,10 +209,24 @@ def _split_off_validation(
         )
     if examples.spans is not None:
         share = count / max(len(public), 1)
-        return split_by_time(examples.spans, public, share, last=True)
+        held, rest = split_by_time(examples.spans, public, share, last=True)
+        if len(public) and not len(rest):
+            raise _nothing_left("validation")
+        return held, rest
     # A random stream of its own, so that draws for other parts do not change the order.
     order = public[public_stream(seed, "data", "validation").permutation(len(public))]
     return order[:count], order[count:]
+
+
+def _nothing_left(key: str) -> DataError:
+    """Returns the error for series so short that a split leaves no window for the other parts."""
+    return DataError(
+        "no window is left for the other parts, because those that share rows with this one are in "
+        "no part",
+        place=key,
+        cure=f"lower {key}, or series.window, its lags or its horizon, or name whole series with "
+        "test_clients and public_clients",
+    )
 
 
 def _refuse_shared_readings(spans: Tensor) -> None:

@@ -4,10 +4,11 @@
 from fedpress.models.norms import freeze_batch_norm_
 from fedpress.models.pruned import resize_, shapes_that_differ, what_pruning_changed
 from fedpress.models.saved import load_model, save_model
-from fedpress.models.spec import ARCHITECTURES, ModelSpec
+from fedpress.models.spec import ARCHITECTURES, DATA_SIZES, ModelSpec
 
 __all__ = [
     "ARCHITECTURES",
+    "DATA_SIZES",
     "ModelSpec",
     "freeze_batch_norm_",
     "load_model",

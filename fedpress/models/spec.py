@@ -47,6 +47,8 @@ ARCHITECTURES: dict[str, Any] = {
     layer_list.NAME: layer_list.build,
 }
 """Name in a spec -> class or function that builds the network."""
+DATA_SIZES = ("in_features", "in_channels", "image_size", "num_classes")
+"""Arguments of `ARCHITECTURES` that follow from the data if a recipe leaves them out."""
 
 STRUCTURE = (
     "architecture",

@@ -36,7 +36,10 @@ def test_each_federate_stage_is_approved_by_its_own_fingerprint(tmp_path, monkey
         ("data.path=other.csv", True),
         ("seed=5", True),
         ("data.label_column=age", False),
-        ("model.arguments.in_features=5", False),
+        # Sizes follow from the data, so an offer has them where the recipe has none.
+        ("model.arguments.in_features=5", True),
+        ("model.arguments.num_classes=2", True),
+        ("model.arguments.hidden=[3]", False),
         ("stage.federate.lr=0.5", False),
         ('stage.federate.delays={kind = "constant"}', True),
     ],

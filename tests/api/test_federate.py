@@ -168,3 +168,28 @@ def test_a_federation_shows_what_it_sent_and_what_it_spent(private):
         assert "Sent by clients" in shown
         assert "Sent to clients" in shown
         assert spent in shown
+
+
+def test_a_printed_result_says_what_was_spent_and_that_a_model_guesses():
+    budget = {"unit": "sample", "noise_multiplier": 5.0, "delta": 1e-3}
+    noise = torch.arange(600) % 7 // 3
+    result = fedpress.federate(net(), clients=three(noise), num_rounds=1, lr=1e-6, privacy=budget)
+    assert "ε = " in str(result)
+    assert "warning: " in str(result)
+    assert "no better than always answering" in str(result)
+    assert "no better than always answering" in result._repr_html_()
+
+
+def test_help_says_what_privacy_may_hold():
+    told = fedpress.federate.__doc__
+    table = told[told.index("    privacy: ") : told.index("    uplink: ")]
+    for key in ("unit", "trust", "delta", "clip_norm", "epsilon", "noise_multiplier"):
+        assert f"\n        {key}: " in table
+
+
+def test_a_budget_of_nothing_is_refused_with_a_usual_one():
+    with pytest.raises(RecipeError) as told:
+        fedpress.federate(net(), clients=three(), privacy={"unit": "sample", "epsilon": 0})
+    assert str(told.value) == (
+        "privacy.epsilon: input should be greater than 0, got 0; give for instance 8.0"
+    )

@@ -420,6 +420,21 @@ def test_a_row_whose_columns_make_no_date_is_refused(tmp_path, part, value):
             {"client_column": None, "public_clients": [], "public_share": 0.2, "by": 0},
             "partition: windows share rows, so they cannot be dealt",
         ),
+        (
+            {"window": 40, "stride": 1},
+            {},
+            "test_share: no window is left for the other parts.*; lower test_share, or series.window",
+        ),
+        (
+            {"window": 40, "stride": 1},
+            {"public_clients": [], "public_share": 0.1, "test_clients": ["cat"]},
+            "public_share: no window is left for the other parts.*; lower public_share, or series",
+        ),
+        (
+            {"window": 10, "stride": 1},
+            {"public_clients": [], "public_share": 0.4, "validation": 0.9},
+            "validation: no window is left for the other parts.*; lower validation, or series",
+        ),
     ],
 )
 def test_series_that_do_not_fit_the_table_are_refused(tmp_path, series, keys, message):

@@ -133,6 +133,9 @@ def _complaint(error: Any, recipe: type[BaseModel]) -> tuple[str, str]:
     if kind == "literal_error":
         # pydantic gives the allowed words only as text: "'a', 'b' or 'c'".
         near = suggestion(str(value), error["ctx"]["expected"].split("'")[1::2])
+    # A setting that says in its class which value is usual.
+    elif examples := _schema_at(loc, recipe).get("examples"):
+        near = f"give for instance {examples[0]}"
     return f"{message[0].lower()}{message[1:]}, got {_short(value)}", near
 
 

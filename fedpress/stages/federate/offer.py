@@ -26,7 +26,7 @@ from fedpress.core.random import fingerprint as digest_of
 from fedpress.core.settings import SETTINGS
 from fedpress.errors import FedpressError, WireError
 from fedpress.federation.protocol import read_text, text_tensor
-from fedpress.models import ModelSpec
+from fedpress.models import ARCHITECTURES, DATA_SIZES, ModelSpec
 from fedpress.stages.federate.contract import CommonInputs
 from fedpress.stages.federate.flat_model import Entry, join, split
 from fedpress.stages.federate.settings import FederateSettings
@@ -46,14 +46,17 @@ def terms_of(
     """Returns what the owner of a client's data agrees to: settings, architecture and labels.
 
     The terms must follow from a recipe alone, so that owners can approve them early. So they do not
-    contain anything that depends on the server's data, such as the names of classes.
+    contain anything that depends on the server's data, such as the names of classes, or the sizes
+    of a built-in network that a recipe may leave out.
     """
     # `stage` may be the stage class itself, so it is converted to its settings class. Simulated
     # delays are left out: clients over a network take real time.
     settings = FederateSettings.model_validate({**stage.model_dump(), "delays": None})
+    follows = DATA_SIZES if architecture in ARCHITECTURES else ()
+    own = {name: value for name, value in arguments.items() if name not in follows}
     return {
         "settings": settings.model_dump(mode="json", exclude_defaults=True),
-        "model": {"architecture": architecture, "arguments": dict(arguments)},
+        "model": {"architecture": architecture, "arguments": own},
         "labels": list(labels),
     }
 

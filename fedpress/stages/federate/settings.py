@@ -57,11 +57,15 @@ class PrivacySettings(ReadsOldKeys):
     epsilon: float | None = Field(
         None,
         gt=0,
+        examples=[8.0],
         description="privacy budget of all rounds and of earlier stages; the noise is calibrated "
         "to it",
     )
     noise_multiplier: float | None = Field(
-        None, gt=0, description="standard deviation of the noise / clip_norm, in place of epsilon"
+        None,
+        gt=0,
+        examples=[1.0],
+        description="standard deviation of the noise / clip_norm, in place of epsilon",
     )
     adaptive: AdaptiveClip | None = Field(
         None, description="adapt the clip norm to the size of the updates (unit client)"

@@ -36,11 +36,11 @@ def private(unit, trust, **more):
     return {"unit": unit, "trust": trust, "delta": 1e-4, "clip_norm": 0.5, **budget, **more}
 
 
-def plan_of(made, cohort=EVERYBODY, shapes=SHAPES):
+def plan_of(made, cohort=EVERYBODY, shapes=SHAPES, clients=CLIENTS):
     participation = made.schedule.plan_participation(
         ScheduleContext(NAMES, cohort, 5, 5), made.num_rounds
     )
-    return plan_protection(made, CLIENTS, participation, cohort, shapes)
+    return plan_protection(made, clients, participation, cohort, shapes)
 
 
 def planned(cohort=EVERYBODY, **keys):
@@ -287,3 +287,13 @@ def test_noise_on_counts_of_failures_costs_no_more_than_the_planned_noise(unit):
     plan = planned(privacy=private(unit, "distributed", noise_multiplier=2.0))
     one = next(iter(plan.plans.values()))
     assert one.epsilon(num_rounds=20, delta=1e-4) <= spent(plan) * (1 + 1e-6)
+
+
+@pytest.mark.recipe
+def test_clients_of_any_size_share_the_noise_of_the_one_that_needs_most():
+    sizes = dict(zip(NAMES, (40, 45, 60, 90, 95, 95, 400, 400, 400, 400), strict=True))
+    made = stage(batch_size=16, epochs=2, privacy=private("sample", "local", epsilon=4.0))
+    plans = set(plan_of(made, clients=Population(NAMES, sizes)).plans.values())
+    alone = [plan.calibrate(epsilon=4.0, num_rounds=20).noise_multiplier for plan in plans]
+    assert {plan.noise_multiplier for plan in plans} == {max(alone)}
+    assert all(plan.epsilon(num_rounds=20) <= 4.0 for plan in plans)
