@@ -26,7 +26,7 @@ class _BrokenOff(Exception):
 
 
 def fetch(
-    url: str, target: Path, *, md5: str, progress: Progress | None = None, wait: float = 1.0
+    url: str, target: Path, *, md5: str | None, progress: Progress | None = None, wait: float = 1.0
 ) -> Path:
     """Downloads `url` to the file `target`, and returns the path.
 
@@ -36,7 +36,8 @@ def fetch(
     Args:
         url: http or https address.
         target: path of the complete file; its folders are made.
-        md5: hexadecimal checksum of the complete file.
+        md5: hexadecimal checksum of the complete file; None if its source publishes none. Then
+            only the length is checked, if the server tells it.
         progress: called with the number of bytes so far, and with the total if it is known.
         wait: seconds before the next attempt; twice as many after two attempts in a row without
             new bytes.
@@ -51,7 +52,7 @@ def fetch(
         target.parent.mkdir(parents=True, exist_ok=True)
         _fetch_all(url, part, progress, wait)
         got = md5_of(part)
-        if got != md5:
+        if md5 is not None and got != md5:
             # Deleted, because the next attempt must not append to a wrong file.
             part.unlink()
             raise DataError(
