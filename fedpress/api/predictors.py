@@ -61,8 +61,8 @@ class Predictor:
         Raises:
             FedpressError: if the model does not take them.
         """
-        if self.of_columns is not None:
-            return self.of_columns(raw.columns)
+        if self.of_columns is not None and raw.columns is not None:
+            return self.of_columns(raw.columns())
         return self.outputs(raw.x, raw=True)
 
     def outputs(self, x: Inputs, *, raw: bool) -> Outputs:

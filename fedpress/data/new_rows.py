@@ -120,7 +120,7 @@ def raw_columns(
 
     Args:
         table: name of each column -> its cells, as `prepare` takes them.
-        preparation: how the columns become inputs.
+        preparation: how the columns become inputs; such a file has no dates.
 
     Returns:
         Name of each column -> float32 [n, 1], with NaN for missing cells; or its words [n, 1], as

@@ -27,8 +27,8 @@ class RawInputs:
         x: the inputs before standardisation [n, ...].
         ignored: columns that were given, and are neither inputs nor labels.
         names: columns that tell the examples apart, such as "file" or "time" -> a value for each.
-        columns: column of inputs -> its cells [n, 1], for rows of a table: float32, with NaN for
-            missing cells, or text, which is empty there. Else empty.
+        columns: for rows of a table: returns column of inputs -> its cells [n, 1], for a file that
+            prepares them itself (`new_rows.raw_columns`). Else None.
         tokens: the token numbers of each text; else empty.
         table: makes the table of predictions from the answers [n, ...], if it is not a row for each
             example with its answers.
@@ -37,7 +37,7 @@ class RawInputs:
     x: Tensor
     ignored: tuple[str, ...] = ()
     names: Mapping[str, list[Any]] = field(default_factory=dict)
-    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    columns: Callable[[], dict[str, np.ndarray]] | None = None
     tokens: tuple[tuple[int, ...], ...] = ()
     table: Callable[[Tensor], Table] | None = None
 

@@ -83,7 +83,7 @@ def read_rows(rows: Any, about: Preparation, unknown: UnknownWords) -> RawInputs
     return RawInputs(
         raw_inputs(cells, about, strictness),
         table.others([*needed, *about.labels]),
-        columns=raw_columns(cells, about),
+        columns=lambda: raw_columns(cells, about),
     )
 
 

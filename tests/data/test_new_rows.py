@@ -4,6 +4,7 @@ import csv
 import json
 import random
 from dataclasses import replace
+from datetime import datetime
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import torch
 
 from fedpress.data import DataSettings, Preparation, load, prepare
 from fedpress.data.preparation import InputColumn
+from fedpress.data.raw_rows import read_rows
 from fedpress.errors import DataError
 
 JOBS = ("cook", "nurse", "smith")
@@ -182,3 +184,10 @@ def test_a_damaged_file_is_refused(tmp_path, change, said):
 def test_an_unknown_word_may_be_zeros():
     about = replace(ABOUT, columns=(ABOUT.columns[0], replace(ABOUT.columns[1], unknown="zeros")))
     assert prepare([{"age": 3, "job": "diver"}], about).tolist() == [[3.0, 0.0, 0.0, 0.0]]
+
+
+def test_rows_with_dates_in_memory_are_read():
+    day = InputColumn("day", "date", parts=("days",))
+    about = Preparation((day,), mean=(0.0,), std=(1.0,))
+    found = read_rows([{"day": datetime(2000, 1, 3)}], about, "error")
+    assert found.x.tolist() == [[2.0]]
