@@ -43,6 +43,9 @@ TASKS: dict[str, type[Task]] = {
 }
 """The tasks by their names in a recipe."""
 
+MOST_PARTS = 40
+"""Largest number of classes or numbers whose names are in a result."""
+
 DEFAULT: dict[str, str] = {
     "classes": Classification.kind,
     "flags": Multilabel.kind,
@@ -177,12 +180,16 @@ def task_of(line: Mapping[str, Any]) -> type[Task]:
 def description(task: Task | type[Task]) -> dict[str, Any]:
     """Returns the entries of a stage's result that name the task, for `task_of`.
 
-    For a task of the user's own the metrics are described, so that a report can show them without
-    importing the user's code.
+    `parts` are the names of its classes or numbers, if they are few enough for a figure. For a task
+    of the user's own the metrics are described, so that a report can show them without importing
+    the user's code.
     """
+    told: dict[str, Any] = {"task": task.kind}
+    if isinstance(task, Task) and 1 < len(task.names) <= MOST_PARTS:
+        told["parts"] = list(task.names)
     if not is_own(task.kind):
-        return {"task": task.kind}
-    return {"task": task.kind, "task_metrics": [asdict(metric) for metric in task.shown_metrics]}
+        return told
+    return {**told, "task_metrics": [asdict(metric) for metric in task.shown_metrics]}
 
 
 def _described(kind: str, line: Mapping[str, Any]) -> type[Task]:

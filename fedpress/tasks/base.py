@@ -79,6 +79,8 @@ class Task(ABC):
         targets: kind of the targets.
         shown_metrics: metrics in tables and reports; the first one is the primary metric.
         other_keys: further keys in the result of `summary`.
+        by_part: metrics in `other_keys` with a value for each name, such as each horizon or class;
+            a report draws them. Their keys end with what it is: `_by_horizon`.
         primary: key of the primary metric. Early stopping, `target_metric` (a setting that stops
             federated training), sweeps and reports use this metric to compare models.
         higher_is_better: whether a higher primary metric is better.
@@ -95,6 +97,7 @@ class Task(ABC):
     targets: ClassVar[Targets]
     shown_metrics: ClassVar[tuple[Metric, ...]]
     other_keys: ClassVar[tuple[str, ...]] = ()
+    by_part: ClassVar[tuple[Metric, ...]] = ()
     names: tuple[str, ...]
     class_weights: tuple[float, ...] = ()
 

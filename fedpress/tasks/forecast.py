@@ -78,6 +78,11 @@ class Forecast(Task):
         ),
         Metric("loss", "loss", "lower"),
     )
+    by_part = (
+        Metric("mae_by_horizon", "MAE", "lower"),
+        Metric("rmse_by_horizon", "RMSE", "lower"),
+        Metric("skill_by_horizon", "skill against persistence"),
+    )
     other_keys = (
         "mae_by_horizon",
         "rmse_by_horizon",

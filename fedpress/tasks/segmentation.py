@@ -59,6 +59,10 @@ class Segmentation(Task):
         Metric("pixel_accuracy", "pixel accuracy", share=True),
         Metric("loss", "log loss", "lower"),
     )
+    by_part = (
+        Metric("iou_by_class", "IoU", share=True),
+        Metric("dice_by_class", "Dice", share=True),
+    )
     other_keys = ("iou_by_class", "dice_by_class", "mean_iou_warning")
 
     @property

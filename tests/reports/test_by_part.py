@@ -1,0 +1,90 @@
+"""Values for each horizon, class and time: what is drawn, and from which numbers."""
+
+import pytest
+
+from fedpress.reports.by_part import by_part, survival_curves
+from fedpress.reports.draw import svg
+
+FORECAST = {
+    "kind": "train",
+    "task": "forecast",
+    "parts": ["1h", "6h", "24h"],
+    "mae_by_horizon": [1.0, 2.0, 4.0],
+    "rmse_by_horizon": [2.0, 3.0, 5.0],
+    "skill_by_horizon": [-0.1, 0.2, 0.3],
+}
+
+
+def drawn(figure):
+    """Returns the rows of a figure: name -> value."""
+    (panel,) = figure.panels
+    return dict(zip(panel.y.names, panel.series[0].x, strict=True))
+
+
+def test_a_forecast_has_a_figure_for_each_metric_with_a_row_for_each_horizon():
+    mae, rmse, skill = by_part(FORECAST)
+    assert mae.title == "MAE by horizon: train"
+    assert drawn(mae) == {"1h": 1.0, "6h": 2.0, "24h": 4.0}
+    assert drawn(rmse)["24h"] == 5.0
+    assert drawn(skill)["1h"] == -0.1
+    # A bar below 0 has no length, so there are dots.
+    assert [figure.panels[0].series[0].kind for figure in (mae, skill)] == ["rows", "dots"]
+
+
+def test_without_persistence_there_is_no_figure_of_the_skill():
+    assert len(by_part({**FORECAST, "skill_by_horizon": None})) == 2
+
+
+def test_shares_are_percent_and_a_class_that_is_not_there_has_no_bar():
+    stage = {"task": "segmentation", "parts": ["sky", "sea", "cat"]}
+    (iou,) = by_part({**stage, "iou_by_class": [0.5, 0.25, None]})
+    assert drawn(iou) == {"sky": 50.0, "sea": 25.0, "cat": None}
+    assert "from 25.00% to 50.00%" in iou.caption
+
+
+def test_the_recall_is_the_diagonal_of_the_confusion_by_the_sums_of_its_rows():
+    stage = {"task": "classification", "parts": ["cat", "dog"], "confusion": [[3, 1], [5, 5]]}
+    (recall,) = by_part(stage)
+    assert recall.title.startswith("Recall by class")
+    assert drawn(recall) == {"cat": 75.0, "dog": 50.0}
+    unnamed = {key: value for key, value in stage.items() if key != "parts"}
+    assert drawn(by_part(unnamed)[0]) == {"0": 75.0, "1": 50.0}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mae_by_horizon": "many"},
+        {"mae_by_horizon": [None, None, None]},
+        {"mae_by_horizon": [1.0]},
+        {"mae_by_horizon": list(range(1, 100))},
+        {"confusion": 3},
+        {"confusion": [[1], [2], [3]]},
+    ],
+)
+def test_strange_values_and_too_many_parts_have_no_figure(wrong):
+    assert by_part({"task": "forecast", "parts": ["a", "b"], **wrong}) == []
+
+
+SURVIVAL = {
+    "name": "train",
+    "task": "survival",
+    "edges": [6.0, 12.0],
+    "survival_by_edge": [0.9, 0.7],
+    "kaplan_meier_by_edge": [0.85, 0.75],
+}
+
+
+def test_survival_is_drawn_from_the_start_beside_what_was_observed():
+    figure = survival_curves(SURVIVAL)
+    predicted, observed = figure.series
+    assert list(predicted.x) == list(observed.x) == [0.0, 6.0, 12.0]
+    assert list(observed.y) == [100.0, 85.0, 75.0]
+    assert "at most 5.0 percentage points" in figure.caption
+    assert survival_curves({**SURVIVAL, "survival_by_edge": [0.9]}) is None
+    assert survival_curves({"task": "binary"}) is None
+
+
+@pytest.mark.parametrize("figure", [*by_part(FORECAST), survival_curves(SURVIVAL)])
+def test_every_figure_is_drawn(figure):
+    assert figure.title in svg(figure, "figure-1")
