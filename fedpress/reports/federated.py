@@ -165,7 +165,7 @@ def client_scores(stage: Json) -> Figure | None:
     hover, labels = [], []
     for name, score in zip(names, scores, strict=True):
         hover.append(f"{name}: {shown.format_scaled(score)}")
-        labels.append(f"{score:.1f}{shown.unit}")
+        labels.append(f"{score:.1f}%" if shown.metric.share else short(score))
     # Dots, because the axis of a metric does not begin at 0.
     panel = Panel(Axis("", names=names), [dots(shown.name, scores, hover=hover, labels=labels)])
     return Figure(title, caption, score_axis(shown), [panel], height=rows_height(len(names)))

@@ -4,6 +4,7 @@ import pytest
 
 from fedpress.reports.by_part import by_part, survival_curves
 from fedpress.reports.draw import svg
+from fedpress.reports.federated import client_scores
 
 FORECAST = {
     "kind": "train",
@@ -88,3 +89,9 @@ def test_survival_is_drawn_from_the_start_beside_what_was_observed():
 @pytest.mark.parametrize("figure", [*by_part(FORECAST), survival_curves(SURVIVAL)])
 def test_every_figure_is_drawn(figure):
     assert figure.title in svg(figure, "figure-1")
+
+
+def test_clients_of_a_metric_below_one_are_told_apart():
+    stage = {"task": "survival", "client_concordance": {"a": 0.724, "b": 0.783}}
+    labels = client_scores(stage).panels[0].series[0].labels
+    assert list(labels) == ["0.724", "0.783"]
