@@ -343,7 +343,8 @@ def check(
         overrides: settings to change, as for `fedpress.run`.
 
     Returns:
-        "recipe": its name. "data": numbers of clients and examples. "stages": parameters and MACs
+        "recipe": its name. "data": numbers of clients and examples, and what the columns of a table
+        hold (of public rows alone if a stage is private). "stages": parameters and MACs
         of each stage; for federated training also bytes per round, noise multiplier and epsilon.
 
     Raises:
@@ -359,7 +360,7 @@ def check(
     _, checked = begin.load(recipe, words, path)
     # Building models seeds torch's generator. The caller's random numbers must not depend on it.
     with torch.random.fork_rng(devices=[]):
-        loaded = held if held is not None else load_data(checked)
+        loaded = held if held is not None else load_data(checked, describe=True)
         lines = check_recipe(checked, loaded)
     return {
         "recipe": checked.name,

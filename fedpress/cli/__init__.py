@@ -101,7 +101,7 @@ def check(
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
-    """Checks a recipe without training: sizes, bytes per round, noise, epsilon."""
+    """Checks a recipe without training: columns, sizes, bytes per round, noise, epsilon."""
     from fedpress.pipeline import recipe as recipes
 
     if list_keys:
@@ -126,7 +126,11 @@ def check(
     _, wanted = begin.load(recipe, words, data)
     out_stream = terminal.console(quiet=as_json)
     elsewhere = public is not None
-    loaded = server_data(wanted, out_stream) if elsewhere else _all_data(wanted, out_stream)
+    loaded = (
+        server_data(wanted, out_stream, describe=True)
+        if elsewhere
+        else _all_data(wanted, out_stream)
+    )
     with terminal.waiting(out_stream, "checking that everything fits together"):
         lines = check_recipe(wanted, loaded, clients_elsewhere=elsewhere)
     # The JSON may be passed on, so for a private recipe it tells less about the data.
@@ -161,7 +165,7 @@ def _name_columns(recipe: Recipe, data: FederatedData, out_stream: Console) -> N
 def _all_data(recipe: Recipe, out_stream: Console) -> FederatedData:
     """Loads the data of a recipe; if the clients' file is missing, the error names `--public`."""
     try:
-        return load_data(recipe, out_stream)
+        return load_data(recipe, out_stream, describe=True)
     except DataError as error:
         path = recipe.data.path
         missing = path is not None and "*" not in path.name and not path.exists()

@@ -234,14 +234,17 @@ def warn(notes: Iterable[str]) -> None:
         typer.echo(f"warning: {in_one_line(note)}", err=True)
 
 
-def load_data(recipe: Recipe, out_stream: Console) -> FederatedData:
-    """Loads the data of a recipe with progress bars. If rows are left out, prints a sentence."""
+def load_data(recipe: Recipe, out_stream: Console, *, describe: bool = False) -> FederatedData:
+    """Loads the data of a recipe with progress bars. If rows are left out, prints a sentence.
+
+    `describe` is explained at `fedpress.pipeline.start.load_data`.
+    """
     from fedpress.api import progress
     from fedpress.cli import terminal
     from fedpress.pipeline import start
 
     with progress.bars(out_stream) as bars:
-        loaded = start.load_data(recipe, progress=terminal.Loading(bars))
+        loaded = start.load_data(recipe, progress=terminal.Loading(bars), describe=describe)
     # If the recipe is private, the sentence must not contain numbers of private rows.
     said = loaded.left_out_sentence(private=recipe.private)
     if said:

@@ -13,11 +13,9 @@ from fedpress.cli.common import AsJson, in_one_line
 from fedpress.errors import RunError
 
 if TYPE_CHECKING:
-    from fedpress.data.describe import ColumnFacts, TableFacts
+    from fedpress.data.describe import TableFacts
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before there is a recipe.")
-# Words that are shown of a column; the others are counted.
-WORDS_SHOWN = 5
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -49,25 +47,13 @@ def describe(
 def _show_columns(facts: TableFacts) -> None:
     from fedpress.cli import terminal
 
-    rows = [(one.name, one.type, f"{one.missing:,}", _content(one)) for one in facts.columns]
+    rows = [
+        (one.name, one.type, f"{one.missing:,}", terminal.content(one)) for one in facts.columns
+    ]
     terminal.show_columns(terminal.console(quiet=False), rows)
     for one in facts.columns:
         if one.note:
             typer.echo(in_one_line(f"note: column '{one.name}': {one.note}"))
-
-
-def _content(column: ColumnFacts) -> str:
-    """Returns the words with their counts, or least, median, largest number and a histogram."""
-    from fedpress.data.describe import bars
-
-    if column.numbers:
-        low, middle, high = (f"{number:.6g}" for number in column.numbers)
-        return f"{low} to {high}, median {middle}  {bars(column.histogram)}"
-    if column.words:
-        shown = ", ".join(f"{word} {count:,}" for word, count in column.words[:WORDS_SHOWN])
-        more = len(column.words) - WORDS_SHOWN
-        return shown + (f", {more} more" if more > 0 else "")
-    return f"{column.distinct:,} different" if column.distinct else ""
 
 
 def init(

@@ -22,6 +22,7 @@ from fedpress.reports.table import as_rich
 
 if TYPE_CHECKING:
     from fedpress.data import FederatedData
+    from fedpress.data.column_facts import ColumnFacts
 
 
 def console(*, quiet: bool) -> Console:
@@ -115,9 +116,12 @@ def show_result(out: Console, before: dict[str, Any], after: dict[str, Any]) -> 
 
 
 # What of the data `fedpress check` shows at most.
-WORDS_SHOWN = 6
+WORDS_SHOWN = 5
 CLIENTS_SHOWN = 12
 CLASSES_SHOWN = 6
+# More bars than that are not told apart.
+BARS_SHOWN = 12
+CLASSES_DRAWN = 20
 
 
 def show_keys(out: Console, title: str, rows: Sequence[tuple[str, str, str]]) -> None:
@@ -143,36 +147,78 @@ def show_columns(out: Console, rows: Sequence[tuple[str, str, str, str]]) -> Non
     out.print(as_rich(table, text_columns=("Type", "Content")))
 
 
-def show_inputs(out: Console, data: FederatedData, *, private: bool) -> None:
-    """Prints how columns of a table are understood, and the classes of each client.
+def content(column: ColumnFacts) -> str:
+    """Returns words with their counts, or the range of numbers or dates, and a histogram."""
+    from fedpress.data.column_facts import bars
 
-    Everything about columns comes from public rows or the recipe.
+    if column.numbers:
+        low, middle, high = (f"{number:.6g}" for number in column.numbers)
+        return f"{low} to {high}, median {middle}  {bars(column.histogram)}"
+    if column.dates:
+        return f"{' to '.join(column.dates)}  {bars(column.histogram)}"
+    if column.words:
+        shown = ", ".join(f"{word} {count:,}" for word, count in column.words[:WORDS_SHOWN])
+        more = len(column.words) - WORDS_SHOWN
+        drawn = bars([count for _, count in column.words[:BARS_SHOWN]])
+        return shown + (f", {more} more" if more > 0 else "") + f"  {drawn}"
+    return f"{column.distinct:,} different" if column.distinct else ""
+
+
+def show_inputs(out: Console, data: FederatedData, *, private: bool) -> None:
+    """Prints how columns of a table are understood, what they hold, and the classes of each client.
 
     Args:
         out: where to print.
-        data: the loaded data set.
-        private: whether a stage has differential privacy. If so, the classes of clients are not
-            counted.
+        data: the loaded data set, with its columns described.
+        private: whether a stage has differential privacy. If so, the columns are described by
+            public rows alone, and the classes of clients are not counted.
     """
     if data.preparation is not None and data.preparation.columns:
+        whose = "the public rows" if private else "all rows"
+        # A table that is read in batches is not described.
+        out.print(f"columns, by {whose}:" if data.columns else "columns:", markup=False)
+        facts = {one.name: one for one in data.columns}
         rows = []
         for column in data.preparation.columns:
-            words = ", ".join(column.words[:WORDS_SHOWN])
-            if len(column.words) > WORDS_SHOWN:
-                words += f", {len(column.words) - WORDS_SHOWN} more"
+            found = facts.pop(column.name, None)
+            about = [_missing(found), content(found)] if found else ["", ""]
             missing = "refused"
             if column.fill:
                 missing = f"{column.fill[0]:.4g}" if column.kind != "words" else "mean"
-            rows.append([column.name, column.kind, str(column.width), missing, words])
-        header = ["Column", "Understood as", "Inputs", "If missing", "Words"]
-        out.print(as_rich(PlainTable(header, rows), text_columns=("Understood as", "Words")))
+            # Codes are words whose digits mean nothing.
+            kind = "integer id" if found and found.type == "integer id" else column.kind
+            rows.append([column.name, kind, str(column.width), about[0], missing, about[1]])
+        # What is left is predicted.
+        rows += [[one.name, "label", "", _missing(one), "", content(one)] for one in facts.values()]
+        header = ["Column", "Understood as", "Inputs", "Missing", "If missing", "Content"]
+        out.print(as_rich(PlainTable(header, rows), text_columns=("Understood as", "Content")))
+    _show_classes(out, data, private=private)
+
+
+def _missing(column: ColumnFacts) -> str:
+    """Returns how many cells have no value, and their share: "12 (1.5%)"."""
+    if not column.missing:
+        return "0"
+    return f"{column.missing:,} ({units.percent(column.missing / column.rows, 1)})"
+
+
+def _show_classes(out: Console, data: FederatedData, *, private: bool) -> None:
+    """Prints how many examples of each class a client has; many classes are only drawn."""
+    from fedpress.data.column_facts import bars
+
     clients = data.describe(private=private)["clients"]
     counted = {name: about["labels"] for name, about in clients.items() if "labels" in about}
     # Many clients or classes do not fit on a screen; `--json` has all of them.
-    if not counted or len(counted) > CLIENTS_SHOWN or data.num_classes > CLASSES_SHOWN:
+    if not counted or data.num_classes > CLASSES_DRAWN:
         return
-    rows = [[name, *(f"{count:,}" for count in counts)] for name, counts in counted.items()]
-    out.print(as_rich(PlainTable(["Client", *data.class_names], rows)))
+    names = data.class_names if data.num_classes <= CLASSES_SHOWN else ()
+    rows = []
+    for name, counts in list(counted.items())[:CLIENTS_SHOWN]:
+        numbers = [f"{count:,}" for count in counts] if names else []
+        rows.append([name, f"{sum(counts):,}", *numbers, bars(counts)])
+    out.print(as_rich(PlainTable(["Client", "Examples", *names, "Classes"], rows)))
+    if len(counted) > CLIENTS_SHOWN:
+        out.print(f"{len(counted) - CLIENTS_SHOWN:,} more clients")
 
 
 def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import JsonValue
@@ -21,6 +21,9 @@ from fedpress.core.inputs import (
 from fedpress.data.preparation import Preparation
 from fedpress.errors import DataError
 from fedpress.tasks import Classification, Regression, Task
+
+if TYPE_CHECKING:  # it needs pyarrow, which is slow to import
+    from fedpress.data.column_facts import ColumnFacts
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class FederatedData:
             that describes the run) or comes from public rows.
         task: what is learned. By default a classification if there are class names or integer
             targets; else a regression of float targets in their own units.
+        columns: what the columns of a table hold, if `load` was asked to describe them.
     """
 
     name: str
@@ -63,6 +67,7 @@ class FederatedData:
     labelled: bool = True
     preparation: Preparation | None = None
     task: Task = None  # type: ignore[assignment]  # __post_init__ gives it one
+    columns: tuple[ColumnFacts, ...] = ()
 
     def __post_init__(self) -> None:
         # In a deployment the server's data has no clients, because their data is on other machines.
@@ -170,8 +175,10 @@ class FederatedData:
             if not private:
                 clients[name] |= self._label_counts(arrays)
         left_out = {part: n for part, n in self.left_out.items() if n and part != "clients"}
+        columns = {"columns": [asdict(one) for one in self.columns]} if self.columns else {}
         return {
             "name": self.name,
+            **columns,
             "shape": _as_json(self.example_shape),
             "task": self.task.kind,
             "classes": list(self.class_names),

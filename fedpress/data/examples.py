@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,6 +12,9 @@ from fedpress.core.examples import Arrays
 from fedpress.core.inputs import Inputs
 from fedpress.data.preparation import Preparation
 from fedpress.tasks.base import Targets
+
+if TYPE_CHECKING:  # it needs pyarrow, which is slow to import
+    from fedpress.data.column_facts import ColumnFacts
 
 Progress = Callable[[str, int, int | None], None]
 """`progress(what, done, total)` is called during downloads and decoding; total may be None."""
@@ -83,6 +87,8 @@ class SourceRows:
             row is only used for testing. None: the source has no test set, or `test` holds it.
         spans: int64 [n, 3]: series, first and last + 1 of the readings that an example holds, if
             examples are windows over series (`Windows.spans`). Such examples are split by time.
+        facts: describes the columns of a table by some rows of `train`, given by their positions,
+            or by all rows that were read (None); None: the source is no table.
     """
 
     name: str
@@ -97,3 +103,4 @@ class SourceRows:
     default_task: str | None = None
     is_test: Tensor | None = None
     spans: Tensor | None = None
+    facts: Callable[[Tensor | None], tuple[ColumnFacts, ...]] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 from fedpress.core.examples import Arrays, resized
 from fedpress.core.inputs import NamedInputs, is_image
@@ -16,6 +17,9 @@ from fedpress.data.split import split_rows
 from fedpress.errors import DataError
 
 log = logger(__name__)
+
+Rows = Literal["public", "all"]
+"""Rows that are looked at: the public ones, or private ones too."""
 
 
 def _read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows:
@@ -41,13 +45,20 @@ SOURCES: dict[str, Callable[[DataSettings, Progress | None], SourceRows]] = {
 """Name of each built-in source -> the function that reads its rows."""
 
 
-def load(settings: DataSettings, seed: int, *, progress: Progress | None = None) -> FederatedData:
+def load(
+    settings: DataSettings,
+    seed: int,
+    *,
+    progress: Progress | None = None,
+    describe: Rows | None = None,
+) -> FederatedData:
     """Reads the source and splits its rows; the result depends on data, settings and seed only.
 
     Args:
         settings: the `[data]` table of the recipe.
         seed: seed of every random choice.
         progress: called as `progress(what, done, total)` during downloads and decoding.
+        describe: the rows by which the columns of a table are described; None: they are not.
 
     Raises:
         DataError: if data is missing, corrupt, or has fewer rows than the settings ask for.
@@ -55,7 +66,7 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
     >>> load(DataSettings(source="digits", examples_per_client=60), seed=0).describe()["private"]
     600
     """
-    found = _read(settings, seed, progress)
+    found = _read(settings, seed, progress, describe)
     if settings.class_weights is None:
         return found
     # Done after the split, because balanced weights are computed from public examples only.
@@ -66,7 +77,9 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
     return replace(found, task=task)
 
 
-def _read(settings: DataSettings, seed: int, progress: Progress | None) -> FederatedData:
+def _read(
+    settings: DataSettings, seed: int, progress: Progress | None, describe: Rows | None
+) -> FederatedData:
     if settings.source in SOURCES:
         found: FederatedData | SourceRows = SOURCES[settings.source](settings, progress)
     else:
@@ -74,6 +87,11 @@ def _read(settings: DataSettings, seed: int, progress: Progress | None) -> Feder
     # The user's function has made all parts itself, so nothing is split.
     if isinstance(found, FederatedData):
         return found
+    facts = found.facts
+    if describe is None or facts is None:
+        found = replace(found, facts=None)
+    elif describe == "all":
+        found = replace(found, facts=lambda public: facts(None))
     return split_rows(_at_size(found, settings.image_size), settings, seed)
 
 

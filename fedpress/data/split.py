@@ -286,6 +286,7 @@ def _assemble(examples: SourceRows, settings: DataSettings, parts: Parts) -> Fed
         task=task,
         preparation=inputs.preparation
         and inputs.preparation.with_standardisation(preprocess, found.names, task.to_json()),
+        columns=examples.facts(parts.public) if examples.facts is not None else (),
     )
     return data if examples.targets is None else replace(data, left_out=left_out)
 

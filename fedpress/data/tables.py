@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,9 @@ from fedpress.data.targets import READERS, targets_of
 from fedpress.errors import DataError, first_line, suggestion
 from fedpress.tasks.forecast import Forecast
 
+if TYPE_CHECKING:
+    from fedpress.data.column_facts import ColumnFacts
+
 
 def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows:
     """Returns the rows of a table; features and targets are computed after the split.
@@ -48,10 +51,15 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
     names = _feature_names(raw, settings)
     if settings.series is not None:
         return _read_series(raw, names, settings)
+    whole = raw.values
     # Incomplete rows are dropped before the split, so that shares refer to rows that are used.
     if settings.missing == "drop":
         raw = raw.filtered(complete(raw.values, [*names, *_known_before(settings)]))
-    return replace(_rows(raw, settings), inputs=_inputs(raw, names, settings, progress))
+    return replace(
+        _rows(raw, settings),
+        inputs=_inputs(raw, names, settings, progress),
+        facts=_facts(whole, raw.values, names, settings),
+    )
 
 
 def _known_before(settings: DataSettings) -> list[str]:
@@ -135,6 +143,31 @@ def _read_streamed(settings: DataSettings, progress: Progress | None) -> SourceR
     return replace(_rows(raw, settings), inputs=columns.inputs)
 
 
+def _facts(
+    whole: Any, used: Any, names: list[str], settings: DataSettings
+) -> Callable[[Tensor | None], tuple[ColumnFacts, ...]]:
+    """Returns the function that describes the columns (see `SourceRows.facts`).
+
+    Args:
+        whole: the table with all rows that were read.
+        used: the rows that examples were made of.
+        names: names of the feature columns; the labels follow them.
+        settings: the `[data]` table of the recipe.
+    """
+    shown = list(dict.fromkeys([*names, *settings.label_columns]))
+
+    def facts(rows: Tensor | None) -> tuple[ColumnFacts, ...]:
+        # Imported here, because only `fedpress check` needs it.
+        from fedpress.data.column_facts import column_facts
+
+        part = whole if rows is None else used.take(pa.array(rows.numpy()))
+        # Notes name lines of a file, which parts of a table do not know.
+        found = [column_facts(Column.of(part, name, settings), settings) for name in shown]
+        return tuple(found if rows is None else (replace(one, note="") for one in found))
+
+    return facts
+
+
 def _owners(table: Any, settings: DataSettings) -> tuple[Tensor | None, tuple[str, ...]]:
     """Returns the natural client of each row int64 [n], and the clients' names."""
     if not settings.client_column:
@@ -147,6 +180,7 @@ def _read_series(raw: RawTable, names: list[str], settings: DataSettings) -> Sou
     """Returns the windows of a table whose rows follow each other in time."""
     ask = settings.series
     assert ask is not None, "checked by the caller"
+    whole = raw.values
     usable = np.ones(raw.values.num_rows, dtype=bool)
     if settings.missing == "drop":
         # A row without a place in a series is left out; one with a gap ends its series.
@@ -178,6 +212,11 @@ def _read_series(raw: RawTable, names: list[str], settings: DataSettings) -> Sou
         owners = owners[windows.rows[:, 0]]
         _refuse_short_clients(owners, owner_names, ask)
     read = tuple(Column.of(table, name, settings) for name in [*names, *added])
+    facts_of_rows = _facts(whole, table, names, settings)
+
+    def facts(public: Tensor | None) -> tuple[ColumnFacts, ...]:
+        return facts_of_rows(None if public is None else windows.rows[public].unique())
+
     inputs = window_inputs(features.FeatureColumns(read, settings).inputs, windows, settings)
     return SourceRows(
         raw.name,
@@ -189,6 +228,7 @@ def _read_series(raw: RawTable, names: list[str], settings: DataSettings) -> Sou
         kind=kind,
         default_task=Forecast.kind if ask.horizon else None,
         spans=windows.spans,
+        facts=facts,
     )
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpress.core import consent
-from fedpress.data.describe import MOST_CLASSES, ColumnFacts, TableFacts, describe_file
+from fedpress.data.column_facts import ColumnFacts
+from fedpress.data.column_types import WORDS
+from fedpress.data.describe import MOST_CLASSES, TableFacts, describe_file
 from fedpress.errors import Argument, DataError, RecipeError
 from fedpress.tasks import TASKS
 
@@ -22,7 +24,7 @@ source = {source}
 path = {path}{reading}
 {clients}
 label_column = {label}  # what is predicted
-{task}{drop}{missing}
+{task}{types}{drop}{missing}
 [model]
 architecture = "mlp"  # its sizes follow from the data
 
@@ -207,6 +209,9 @@ def _of_table(
     chosen.append(f"task: {task}")
     left_out = _left_out(facts, {target.name, owner})
     chosen += [f"left out: {c.name} ({c.type})" for c in left_out]
+    dates = [c.name for c in facts.columns if c.type == "date" and c not in left_out]
+    if dates:
+        chosen.append(f"learned from: {', '.join(dates)} (date); drop_columns leaves dates out")
     gaps = [c.name for c in facts.columns if c.missing and c not in left_out]
     text = TABLE.format(
         name=json.dumps(_name_of(path.stem)),
@@ -217,6 +222,7 @@ def _of_table(
         clients=_client_lines(owner, facts.rows),
         label=json.dumps(target.name),
         task=_task_lines(task, target),
+        types=_types_line(facts, left_out, {target.name, owner}),
         drop=_drop_line(left_out),
         missing=_missing_line(target, gaps),
     )
@@ -231,9 +237,15 @@ def _task_for(target: ColumnFacts) -> str:
 
 
 def _left_out(facts: TableFacts, used: set[str]) -> list[ColumnFacts]:
-    """Returns the columns that are no features, such as dates and numbers of rows."""
+    """Returns the columns that are no features, such as free text and numbers of rows."""
     others = [column for column in facts.columns if column.name not in used]
-    return [column for column in others if column.type not in ("number", "word")]
+    return [column for column in others if not _is_feature(column)]
+
+
+def _is_feature(column: ColumnFacts) -> bool:
+    # Codes with few words are features; if there are many, each row has another one.
+    codes = column.type == "integer id" and bool(column.words) and bool(column.declare)
+    return column.type in ("number", "word", "date") or codes
 
 
 def _reading(facts: TableFacts) -> str:
@@ -266,6 +278,26 @@ def _task_lines(task: str, target: ColumnFacts) -> str:
         line += "# Declares that the list of classes is no secret.\n"
         line += f"public_words = [{json.dumps(target.name)}]\n"
     return line
+
+
+def _types_line(facts: TableFacts, left_out: Sequence[ColumnFacts], roles: set[str]) -> str:
+    """Returns the line that says how columns are understood.
+
+    Args:
+        facts: the table.
+        left_out: columns that are no features.
+        roles: names of the label column and the client column.
+    """
+    told = {}
+    for column in facts.columns:
+        # Labels and clients may be codes, but no dates.
+        fits = column.name not in roles or column.declare in WORDS
+        if column.declare and column not in left_out and fits:
+            told[column.name] = column.declare
+    if not told:
+        return ""
+    pairs = ", ".join(f"{json.dumps(name)} = {json.dumps(given)}" for name, given in told.items())
+    return f"types = {{ {pairs} }}  # how columns are understood\n"
 
 
 def _drop_line(columns: Sequence[ColumnFacts]) -> str:

@@ -20,6 +20,7 @@ from fedpress.core.inputs import Inputs, Shape, call, dtype_of, shape_of, shape_
 from fedpress.core.log import logger
 from fedpress.core.random import derive
 from fedpress.data.examples import Progress
+from fedpress.data.load import Rows
 from fedpress.errors import Argument, FedpressError, ModelError, RecipeError, Words
 from fedpress.models import ModelSpec, memory
 from fedpress.models.weights import load_weights_
@@ -38,12 +39,20 @@ NO_DATA = "no data"
 """Name of the data set that is used if a command gets no data: one random example."""
 
 
-def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.FederatedData:
+def load_data(
+    recipe: Recipe, *, progress: Progress | None = None, describe: bool = False
+) -> data_sets.FederatedData:
     """Loads the recipe's data set and divides it among clients.
 
     If the source is a `module:function`, or the task a `module:Class`, this code is called: the
     user allows this by naming it in the recipe. From then on, it may also be called if a saved run
     names it (see `fedpress.core.consent`).
+
+    Args:
+        recipe: the recipe.
+        progress: called during downloads and decoding.
+        describe: whether to describe the columns of a table: by all rows, or by public rows alone
+            if a stage has differential privacy.
 
     Raises:
         TrainingError: if this machine lacks the recipe's device.
@@ -59,7 +68,9 @@ def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.
             consent.allow(name)
     log.info("data come from %s", recipe.data.source)
     with errors_of_data():
-        return data_sets.load(recipe.data, derive(recipe.seed, "data"), progress=progress)
+        rows: Rows | None = ("public" if recipe.private else "all") if describe else None
+        seed = derive(recipe.seed, "data")
+        return data_sets.load(recipe.data, seed, progress=progress, describe=rows)
 
 
 def device_of(recipe: Recipe) -> torch.device:

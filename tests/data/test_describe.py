@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from fedpress.data.describe import bars, describe_file
+from fedpress.data.column_facts import bars
+from fedpress.data.describe import describe_file
 from fedpress.errors import DataError
 
 TEXT = """id,hospital,age,job,when,note,outcome
@@ -47,6 +48,9 @@ def test_types_gaps_words_and_numbers_are_those_of_the_file(table):
     assert sum(facts.column("age").histogram) == 9
     assert facts.column("job").words == (("cook", 8), ("nurse", 1))
     assert facts.column("job").missing == 1
+    assert facts.column("when").dates == ("2024-01-01", "2024-01-08")
+    assert sum(facts.column("when").histogram) == 10
+    assert facts.column("when").declare == "date"
     assert facts.labels[0] == "outcome"
     assert facts.clients == ("hospital",)
 
@@ -106,3 +110,18 @@ def test_bars_grow_with_counts():
     assert bars([]) == ""
     assert bars([0, 0]) == "  "
     assert bars([1, 1000]) == "▁█"
+
+
+def test_codes_and_dates_of_other_forms_are_found_and_say_their_types(tmp_path):
+    days = [f"{at % 28 + 1:02}.03.2024" for at in range(300)]
+    lines = [f"0{at % 3}7,{day},{at % 24}:30,{at}x" for at, day in enumerate(days)]
+    (tmp_path / "t.csv").write_text("\n".join(["zip,day,time,free", *lines]))
+    found = {one.name: (one.type, one.declare) for one in describe_file(tmp_path / "t.csv").columns}
+    assert found == {
+        "zip": ("integer id", "integer id"),
+        "day": ("date", "date %d.%m.%Y"),
+        "time": ("text", ""),
+        "free": ("text", ""),
+    }
+    assert describe_file(tmp_path / "t.csv").column("zip").words[0] == ("007", 100)
+    assert describe_file(tmp_path / "t.csv").column("time").note == "it holds times of day"

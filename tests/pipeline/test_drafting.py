@@ -42,7 +42,8 @@ def test_the_draft_of_a_table_names_label_client_and_what_is_left_out(tmp_path):
     assert data.path == Path("visits.csv")
     assert data.label_column == "outcome"
     assert data.client_column == "hospital"
-    assert data.drop_columns == ("id", "when")
+    assert data.drop_columns == ("id",)
+    assert data.types == {"when": "date"}
     assert data.missing == "mean"
     assert data.classes == ("ill", "well")
     assert found.chosen[:3] == ("label: outcome", "client: hospital", "task: classification")
@@ -102,7 +103,7 @@ def test_from_a_file_to_predictions_in_four_commands(tmp_path, shell):
     assert np.mean(right) > 0.8
     spec = json.loads((tmp_path / "run" / "stages" / "0-train" / "spec.json").read_text())
     # age, cost, and two words
-    assert spec["arguments"] == {"in_features": 4, "num_classes": 2}
+    assert spec["arguments"] == {"in_features": 9, "num_classes": 2}
 
 
 @pytest.mark.recipe
