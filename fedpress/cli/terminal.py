@@ -184,7 +184,8 @@ def show_inputs(out: Console, data: FederatedData, *, private: bool) -> None:
             about = [_missing(found), content(found)] if found else ["", ""]
             missing = "refused"
             if column.fill:
-                missing = f"{column.fill[0]:.4g}" if column.kind != "words" else "mean"
+                one = column.kind in ("number", "truth")
+                missing = f"{column.fill[0]:.4g}" if one else "mean"
             # Codes are words whose digits mean nothing.
             kind = "integer id" if found and found.type == "integer id" else column.kind
             rows.append([column.name, kind, str(column.width), about[0], missing, about[1]])

@@ -77,7 +77,7 @@ def test_the_command_draws_columns_and_the_classes_of_clients(table, shell):
     lines = {line.split()[0]: " ".join(line.split()) for line in said.out.splitlines() if line}
     assert lines["zip"] == "zip integer id 1 0 mean 00 30, 01 30, 02 30 ███"
     assert lines["age"].startswith("age number 1 13 (14.4%) 64.56 20 to 109, median")
-    assert lines["since"].startswith("since date 5 0 -")
+    assert lines["since"].startswith("since date 5 0 mean 2024-01-01 to")
     assert "█" in lines["b"]
     said = shell("check", table(privacy=PRIVACY))
     assert "columns, by the public rows:" in said.out
