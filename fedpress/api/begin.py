@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from fedpress.core import consent, own_modules
+from fedpress.data import FederatedData
 from fedpress.errors import Argument, ModelError, RunError
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.environment import write_environment
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import Override, Recipe
+from fedpress.pipeline.result import read_finished
 from fedpress.pipeline.start import device_of
-from fedpress.workspace import lock, started
+from fedpress.workspace import fingerprint, lock, started
 from fedpress.workspace.atomic import read_json
 from fedpress.workspace.damage import check_run
 from fedpress.workspace.folder import RunFolder
@@ -102,27 +104,42 @@ class CheckedRun:
     folder: RunFolder | None
     origin: Mapping[str, Any]
 
-    def start(self, command: str, stack: ExitStack) -> tuple[RunFolder, list[str]]:
+    def start(
+        self, command: str, stack: ExitStack, data: FederatedData, *, in_memory: bool = False
+    ) -> tuple[RunFolder, list[str]]:
         """Creates the folder of a new run; writes or extends `environment.json`.
 
-        This file says with which command, versions and processor the run was started.
+        This file says with which command, versions and processor the run was started. The file
+        `data.json` says with which data; a resumed run is compared with it.
 
         Args:
             command: the user's command, for `environment.json`.
+            data: the loaded data.
+            in_memory: whether the data were given in memory, in the place of the recipe's source.
             stack: gets the lock of a new folder, and releases it when it is closed. The folder of a
                 resumed run is not locked here.
 
         Returns:
             The folder, and warnings about a resumed run, for example that its results will not be
             equal bit by bit to those of an uninterrupted run.
+
+        Raises:
+            RunError: if a run that is not finished is resumed with other data.
         """
-        folder = self.folder
+        folder, notes = self.folder, list[str]()
+        settings = None if in_memory else self.recipe.data
         if folder is None:
+            # Before the folder is made: a file may have become unreadable.
+            now = fingerprint.seen(data, settings)
             folder = RunFolder.create(self.place, self.text, settings_of(self.recipe))
             # From here on no second process can write to this folder.
             stack.enter_context(folder.locked())
+            fingerprint.note(folder.path, now)
+        elif not read_finished(folder):
+            notes = fingerprint.compare(folder.path, fingerprint.seen(data, settings), settings)
         device = device_of(self.recipe)
-        return folder, write_environment(folder, command, self.origin, device=device)
+        notes += write_environment(folder, command, self.origin, device=device)
+        return folder, notes
 
 
 def new(recipe: Source, overrides: Overrides, data: Path | None, out: Path | None) -> CheckedRun:

@@ -54,12 +54,14 @@ class Work:
         data: the loaded data set.
         reuse: another run. Its finished stages are copied in order, until one has other settings.
         engine: where simulated clients run, such as "local" (in this process).
+        in_memory: whether the data were given in memory, and not read by the recipe's source.
     """
 
     begun: begin.CheckedRun
     data: FederatedData
     reuse: RunFolder | None
     engine: EngineSettings
+    in_memory: bool
 
 
 class Run:
@@ -172,7 +174,9 @@ class Run:
         work = self._work
         # Holds the folder's lock until the generator ends or is closed.
         with ExitStack() as held:
-            folder, notes = work.begun.start("fedpress.run(...)", held)
+            folder, notes = work.begun.start(
+                "fedpress.run(...)", held, work.data, in_memory=work.in_memory
+            )
             # A second call of `events` must continue in this folder and not make a new one.
             self._work = replace(work, begun=replace(work.begun, folder=folder))
             for note in notes:
@@ -437,4 +441,4 @@ def _bound(
     with torch.random.fork_rng(devices=[]):
         data = held if held is not None else load_data(begun.recipe)
         check_recipe(begun.recipe, data, sizes=False)
-    return Work(begun, data, earlier, engine)
+    return Work(begun, data, earlier, engine, in_memory=held is not None)

@@ -219,7 +219,7 @@ def _execute(
     saved = "all up to the last epoch or round is saved"
     with stopping(f"\nstopped; {saved}; go on with: {resume_command(place)}"):
         # The folder is created only here, so a command that fails earlier leaves nothing behind.
-        folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), exit_stack)
+        folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), exit_stack, data)
         warn(notes)
         out_stream.print(f"{begun.recipe.name} into {place}", markup=False, soft_wrap=True)
         events = runs.execute(begun.recipe, folder, data, reuse=reuse, engine=engine)

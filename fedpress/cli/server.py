@@ -203,7 +203,7 @@ def _serve(
     with terminal.waiting(out_stream, "checking that everything fits together"):
         check_recipe(begun.recipe, data, network, sizes=False)
     # Created only now, so that no run folder is left behind if the clients do not come.
-    folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), exit_stack)
+    folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), exit_stack, data)
     warn(notes)
     say(f"{begun.recipe.name} into {begun.place}")
     observed.write_into(begun.place)

@@ -56,7 +56,7 @@ def sign(names: Sequence[str], recipe: str | None) -> str | None:
         recipe: path of the recipe file; None: the recipe is not a file. The path is signed too,
             because modules are searched in the file's folder.
     """
-    key = _key()
+    key = user_key()
     if key is None:
         return None
     # Sorted, because the order of functions in a recipe may change when it is written again.
@@ -73,8 +73,8 @@ def is_signed(found: object, names: Sequence[str], recipe: str | None) -> bool:
     return hmac.compare_digest(found.encode(), right.encode())
 
 
-def _key() -> bytes | None:
-    """Returns the user's key; makes a key if there is none."""
+def user_key() -> bytes | None:
+    """Returns the user's key, 32 bytes; makes one if there is none; None if none can be kept."""
     try:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         path = Path(state) / "fedpress" / "key"
