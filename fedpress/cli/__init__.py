@@ -118,7 +118,7 @@ def check(
         )
     from fedpress.api import begin
     from fedpress.cli import terminal
-    from fedpress.cli.server import public_alone, server_data
+    from fedpress.cli.server import public_alone
     from fedpress.pipeline.check import check_recipe
 
     allow_code(code)
@@ -126,11 +126,7 @@ def check(
     _, wanted = begin.load(recipe, words, data)
     out_stream = terminal.console(quiet=as_json)
     elsewhere = public is not None
-    loaded = (
-        server_data(wanted, out_stream, describe=True)
-        if elsewhere
-        else _all_data(wanted, out_stream)
-    )
+    loaded = _described_data(wanted, out_stream, elsewhere=elsewhere)
     with terminal.waiting(out_stream, "checking that everything fits together"):
         lines = check_recipe(wanted, loaded, clients_elsewhere=elsewhere)
     # The JSON may be passed on, so for a private recipe it tells less about the data.
@@ -162,10 +158,19 @@ def _name_columns(recipe: Recipe, data: FederatedData, out_stream: Console) -> N
     out_stream.print(f"{said} feature_columns = {names}", markup=False, soft_wrap=True)
 
 
-def _all_data(recipe: Recipe, out_stream: Console) -> FederatedData:
-    """Loads the data of a recipe; if the clients' file is missing, the error names `--public`."""
+def _described_data(recipe: Recipe, out_stream: Console, *, elsewhere: bool) -> FederatedData:
+    """Loads the data of a recipe, with a description of the columns of a table.
+
+    If the clients' file is missing, the error names `--public`.
+
+    Args:
+        recipe: the recipe.
+        out_stream: where progress is shown.
+        elsewhere: whether the clients are on other machines, and this is the server's own data.
+    """
     try:
-        return load_data(recipe, out_stream, describe=True)
+        loaded = load_data(recipe, out_stream, describe=True)
+        return loaded.without_clients() if elsewhere else loaded
     except DataError as error:
         path = recipe.data.path
         missing = path is not None and "*" not in path.name and not path.exists()

@@ -101,9 +101,9 @@ def public_alone(path: Path | None) -> list[str]:
     return [f"data.path={path.resolve()}", *keys]
 
 
-def server_data(recipe: Recipe, out_stream: Console, *, describe: bool = False) -> FederatedData:
+def server_data(recipe: Recipe, out_stream: Console) -> FederatedData:
     """Loads the server's own data: the public, validation and test parts, without clients."""
-    return load_data(recipe, out_stream, describe=describe).without_clients()
+    return load_data(recipe, out_stream).without_clients()
 
 
 def _open(

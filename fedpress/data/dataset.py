@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import JsonValue
@@ -18,12 +18,10 @@ from fedpress.core.inputs import (
     signature_of,
     tensors_by_name,
 )
+from fedpress.data.column_facts import ColumnFacts
 from fedpress.data.preparation import Preparation
 from fedpress.errors import DataError
 from fedpress.tasks import Classification, Regression, Task
-
-if TYPE_CHECKING:  # it needs pyarrow, which is slow to import
-    from fedpress.data.column_facts import ColumnFacts
 
 
 @dataclass(frozen=True)

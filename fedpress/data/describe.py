@@ -14,8 +14,9 @@ from typing import Any
 import pyarrow.compute as pc
 
 from fedpress.data import csv, tables
-from fedpress.data.column_facts import ColumnFacts, column_facts
+from fedpress.data.column_facts import ColumnFacts
 from fedpress.data.columns import Column
+from fedpress.data.describe_column import describe_column
 from fedpress.data.labelled_rows import TABLES
 from fedpress.data.paths import refuse_no_path
 from fedpress.data.settings import DataSettings
@@ -98,7 +99,7 @@ def describe_file(path: str | Path) -> TableFacts:
     if settings.delimiter != "," and _has_decimal_commas(table):
         settings = settings.model_copy(update={"decimal": ","})
     columns = tuple(
-        column_facts(Column.of(table, n, settings), settings) for n in table.column_names
+        describe_column(Column.of(table, n, settings), settings) for n in table.column_names
     )
     return TableFacts(
         str(path),

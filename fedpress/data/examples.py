@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fedpress.core.examples import Arrays
 from fedpress.core.inputs import Inputs
+from fedpress.data.column_facts import ColumnFacts
 from fedpress.data.preparation import Preparation
 from fedpress.tasks.base import Targets
-
-if TYPE_CHECKING:  # it needs pyarrow, which is slow to import
-    from fedpress.data.column_facts import ColumnFacts
 
 Progress = Callable[[str, int, int | None], None]
 """`progress(what, done, total)` is called during downloads and decoding; total may be None."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from fedpress.core.examples import Arrays
 from fedpress.data import columns, csv, features, huggingface, images, sql
 from fedpress.data.arrow import read_arrow
 from fedpress.data.batches import BATCHES, TableFiles, with_file
+from fedpress.data.column_facts import ColumnFacts
 from fedpress.data.columns import Column
 from fedpress.data.examples import InputRows, Progress, SourceRows
 from fedpress.data.gaps import complete, refuse_gaps
@@ -33,9 +34,6 @@ from fedpress.data.streamed import StreamedColumns, is_larger_than_memory
 from fedpress.data.targets import READERS, targets_of
 from fedpress.errors import DataError, first_line, suggestion
 from fedpress.tasks.forecast import Forecast
-
-if TYPE_CHECKING:
-    from fedpress.data.column_facts import ColumnFacts
 
 
 def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows:
@@ -158,11 +156,11 @@ def _facts(
 
     def facts(rows: Tensor | None) -> tuple[ColumnFacts, ...]:
         # Imported here, because only `fedpress check` needs it.
-        from fedpress.data.column_facts import column_facts
+        from fedpress.data.describe_column import describe_column
 
         part = whole if rows is None else used.take(pa.array(rows.numpy()))
         # Notes name lines of a file, which parts of a table do not know.
-        found = [column_facts(Column.of(part, name, settings), settings) for name in shown]
+        found = [describe_column(Column.of(part, name, settings), settings) for name in shown]
         return tuple(found if rows is None else (replace(one, note="") for one in found))
 
     return facts

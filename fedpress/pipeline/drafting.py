@@ -208,10 +208,7 @@ def _of_table(
     task = task or _task_for(target)
     chosen.append(f"task: {task}")
     left_out = _left_out(facts, {target.name, owner})
-    chosen += [f"left out: {c.name} ({c.type})" for c in left_out]
-    dates = [c.name for c in facts.columns if c.type == "date" and c not in left_out]
-    if dates:
-        chosen.append(f"learned from: {', '.join(dates)} (date); drop_columns leaves dates out")
+    chosen += _told_of_columns(facts, left_out)
     gaps = [c.name for c in facts.columns if c.missing and c not in left_out]
     text = TABLE.format(
         name=json.dumps(_name_of(path.stem)),
@@ -227,6 +224,15 @@ def _of_table(
         missing=_missing_line(target, gaps),
     )
     return Draft(text, {}, tuple(chosen))
+
+
+def _told_of_columns(facts: TableFacts, left_out: Sequence[ColumnFacts]) -> list[str]:
+    """Returns a sentence for each column that is left out, and one about dates."""
+    told = [f"left out: {column.name} ({column.type})" for column in left_out]
+    dates = [c.name for c in facts.columns if c.type == "date" and c not in left_out]
+    if dates:
+        told.append(f"learned from: {', '.join(dates)} (date); drop_columns leaves dates out")
+    return told
 
 
 def _task_for(target: ColumnFacts) -> str:
