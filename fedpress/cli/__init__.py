@@ -175,7 +175,7 @@ def _described_data(recipe: Recipe, out_stream: Console, *, elsewhere: bool) -> 
         path = recipe.data.path
         missing = path is not None and "*" not in path.name and not path.exists()
         # A server has no file of its clients.
-        if missing and any(stage.needs_clients for stage in recipe.stage):
+        if missing and not elsewhere and any(stage.needs_clients for stage in recipe.stage):
             words = (error.cure,) if isinstance(error.cure, str) else error.cure
             error.cure = (*words, "; if the clients have the data, give --public FILE")
         raise
