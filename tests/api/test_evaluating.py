@@ -105,7 +105,7 @@ def test_the_command_predicts_from_a_file_as_python_does(run, shell, tmp_path):
         ("pickle.npy", "inputs: cannot read 'pickle.npy'"),
         ("shape.npy", "inputs: it does not take examples of"),
         ("flat.npy", "inputs: "),
-        ("rows.csv", "was not trained on a table"),
+        ("rows.csv", "does not say how raw data"),
     ],
 )
 def test_a_file_that_is_no_input_is_refused_and_nothing_is_unpickled(
@@ -297,7 +297,7 @@ def test_another_table_needs_the_columns_of_the_run(table_run, run, tmp_path):
     (tmp_path / "new.csv").write_text(text.replace("pressure", "bp"))
     with pytest.raises(FedpressError, match="lacks the columns pressure"):
         fedpress.evaluate(table_run.path, path=tmp_path / "new.csv")
-    with pytest.raises(FedpressError, match="not trained on a table"):
+    with pytest.raises(FedpressError, match="not trained on rows of a table"):
         fedpress.evaluate(run.path, path=tmp_path / "new.csv")
 
 
