@@ -149,7 +149,15 @@ def roles(folder: Path) -> None:
 
 FIELDS = {
     "medicine/heart": (hospitals, ["stage.federate.num_rounds=2"], 4),
-    "medicine/xray": (xrays, ["stage.federate.num_rounds=2", "stage.train.epochs=1"], 5),
+    "medicine/xray": (
+        xrays,
+        [
+            "stage.federate.num_rounds=2",
+            "stage.published.epochs=1",
+            "stage.repair.epochs=1",
+        ],
+        5,
+    ),
     "finance/credit": (banks, ["stage.federate.num_rounds=2"], 6),
     "sensors/activity": (people, ["stage.federate.num_rounds=2", "stage.volunteers.epochs=1"], 14),
     "city/air": (stations, ["stage.federate.num_rounds=2"], 12),
