@@ -224,7 +224,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     types: dict[str, Annotated[str, AfterValidator(checked_type)]] = Field(
         {},
         description='how columns are understood, such as { zip = "integer id" }: number, word, '
-        "integer id, date (or date %d.%m.%Y), image, audio or text; by default as they look",
+        "integer id, date (or date %d.%m.%Y) or image; by default as they look",
     )
     delimiter: str = Field(
         default=",",

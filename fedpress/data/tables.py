@@ -32,7 +32,7 @@ from fedpress.data.series_settings import SeriesSettings
 from fedpress.data.settings import DataSettings
 from fedpress.data.streamed import StreamedColumns, is_larger_than_memory
 from fedpress.data.targets import READERS, targets_of
-from fedpress.errors import DataError, first_line, suggestion
+from fedpress.errors import Argument, DataError, first_line, suggestion
 from fedpress.tasks.forecast import Forecast
 
 
@@ -248,7 +248,7 @@ def _inputs(
     table = raw.values
     first = table[names[0]]
     # Images or arrays must be the only feature: other columns would need inputs of their own.
-    if len(names) == 1 and types.is_struct(first.type):
+    if len(names) == 1 and (types.is_struct(first.type) or is_bytes(first.type)):
         return lambda public: _images(first, names[0], raw.where, settings, public, progress)
     if len(names) == 1 and is_list(first.type):
         return lambda public: stacked(first, names[0])
@@ -256,6 +256,11 @@ def _inputs(
         refuse_gaps(table, names, settings)
     read = tuple(Column.of(table, name, settings) for name in names)
     return features.FeatureColumns(read, settings).inputs
+
+
+def is_bytes(kind: Any) -> bool:
+    """Returns whether a pyarrow type is bytes."""
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
 def find(path: Path, kind: str) -> list[Path]:
@@ -421,7 +426,43 @@ def _feature_names(raw: RawTable, settings: DataSettings) -> list[str]:
             place=raw.where,
             cure="check feature_columns and drop_columns",
         )
+    _refuse_media(raw.values, names, settings)
     return names
+
+
+OWN_SOURCES = {
+    "audio": 'save recordings as client/label/sound.wav, and set source = "audio"',
+    "text": 'save texts as client.txt, and set source = "text", which predicts the next token',
+}
+"""Type of a column that a table cannot have -> what to do instead."""
+
+
+def _refuse_media(table: Any, names: list[str], settings: DataSettings) -> None:
+    """Refuses columns of recordings and texts, and images that are no bytes or not alone."""
+    for name in names:
+        asked = settings.type_of(name)
+        place = f"feature column '{name}'"
+        if asked is not None and asked.name in OWN_SOURCES:
+            raise DataError(
+                f"a column of a table cannot be of the type {asked.name}",
+                place=place,
+                cure=OWN_SOURCES[asked.name],
+            )
+        if asked is None or asked.name != "image":
+            continue
+        kind = table.schema.field(name).type
+        if not (types.is_struct(kind) or is_bytes(kind)):
+            raise DataError(
+                f"it holds {kind}, but images of a table are bytes",
+                place=place,
+                cure='save images as client/label/image.png, and set source = "folders"',
+            )
+        if len(names) > 1:
+            raise DataError(
+                "an image must be the only feature",
+                place=place,
+                cure=("set ", Argument("feature_columns", (name,))),
+            )
 
 
 def _images(
@@ -432,14 +473,15 @@ def _images(
     public: Tensor,
     progress: Progress | None,
 ) -> InputRows:
-    """Decodes a column of images: structs with `bytes`, as in data sets of the Hugging Face hub."""
-    if column.type.get_field_index("bytes") < 0:
+    """Decodes a column of images: bytes, or structs with `bytes` as in the Hugging Face hub."""
+    if types.is_struct(column.type) and column.type.get_field_index("bytes") < 0:
         raise DataError(
             f"holds {column.type}",
             place=f"feature column '{name}'",
             cure="expected numbers, words, or images as bytes",
         )
-    blobs = pc.struct_field(column, "bytes").to_pylist()
+    content = pc.struct_field(column, "bytes") if types.is_struct(column.type) else column
+    blobs = content.to_pylist()
     where = f"{place} column '{name}' row"
     # The first public image decides the channels and the size.
     like = int(public.min()) if len(public) else 0

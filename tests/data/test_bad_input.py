@@ -28,6 +28,7 @@ TABLE = "who,t,size,label\n" + "".join(
 
 def write_sources(folder):
     (folder / "a.csv").write_text(TABLE)
+    (folder / "mixed.csv").write_text("size,label\n1.5,y\n2,n\nlarge,y\n3,n\n")
     with closing(sqlite3.connect(folder / "a.db")) as connection, connection:
         connection.execute("CREATE TABLE people (age, label)")
         connection.execute("INSERT INTO people VALUES (1, 'y'), ('old', 'n')")
@@ -67,6 +68,43 @@ def write_sources(folder):
             'source = "csv"\npath = "a.csv"\nclient_column = "who"\n'
             'series = { window = 2, order_column = "label" }',
             "is no date",
+        ),
+        (
+            'source = "csv"\npath = "a.csv"\ntypes = { label = "date" }\nlabel_column = "who"',
+            "column 'label': line 2 holds 'n', which is no date; write it as 2024-05-01",
+        ),
+        (
+            'source = "csv"\npath = "mixed.csv"\ntypes = { size = "number" }',
+            "column 'size': line 4 holds 'large', which is no number; write a number there",
+        ),
+        (
+            'source = "csv"\npath = "a.csv"\ntypes = { sise = "number" }',
+            "no column 'sise' in",
+        ),
+        (
+            'source = "csv"\npath = "a.csv"\ntypes = { size = "nummer" }',
+            "no type 'nummer' (known: number, word, integer id, date, image, audio, text); "
+            "did you mean 'number'?",
+        ),
+        (
+            'source = "numpy"\npath = "a.npz"\ntypes = { size = "number" }',
+            "source 'numpy' is no table; leave types out",
+        ),
+        (
+            'source = "csv"\npath = "a.csv"\ntypes = { t = "integer id" }\npublic_share = 0.5',
+            "ids differ, so they tell rows apart and predict nothing; set",
+        ),
+        (
+            'source = "csv"\npath = "a.csv"\ntypes = { who = "audio" }',
+            "cannot be of the type audio; save recordings as client/label/sound.wav, and set source",
+        ),
+        (
+            'source = "csv"\npath = "a.csv"\ntypes = { who = "text" }',
+            'cannot be of the type text; save texts as client.txt, and set source = "text"',
+        ),
+        (
+            'source = "csv"\npath = "a.csv"\ntypes = { who = "image" }',
+            "it holds string, but images of a table are bytes; save images as",
         ),
     ],
 )

@@ -107,13 +107,15 @@ def test_one_file_per_client_and_coded_columns(tmp_path):
     assert (list(data.clients), len(data.test)) == (["c0", "c1", "c2"], ROWS)
 
 
-def test_a_column_of_images_is_decoded(tmp_path):
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_column_of_images_is_decoded(tmp_path, plain):
     pixels = np.random.default_rng(0).integers(0, 256, (ROWS, 4, 4, 3), dtype=np.uint8)
     blobs = []
     for image in pixels:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
-        blobs.append({"bytes": buffer.getvalue(), "path": None})
+        content = buffer.getvalue()
+        blobs.append(content if plain else {"bytes": content, "path": None})
     path = write(
         tmp_path / "a.parquet",
         pa.table({"img": blobs, "ill": [0, 1] * 20, "hospital": [1, 2] * 20}),
