@@ -14,6 +14,10 @@ from torch import Tensor
 from fedpress.core.inputs import Inputs, NamedInputs, as_inputs
 from fedpress.errors import DataError
 
+MISSING = -(2.0**120)
+"""Value of a missing cell until a statistic fills it. It is exact in float32, and no cell of a table
+has it."""
+
 
 @dataclass(frozen=True)
 class Arrays:

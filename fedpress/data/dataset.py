@@ -48,6 +48,9 @@ class FederatedData:
         preparation: how raw data become inputs; None if the source does not say it. It is saved
             beside exported files. So everything in it either is in the recipe (the TOML file
             that describes the run) or comes from public rows.
+        awaits_statistics: whether a private query has still to give the standardisation and the
+            values of missing cells, which are `MISSING` until then; see
+            `fedpress.data.statistics.settled`.
         task: what is learned. By default a classification if there are class names or integer
             targets; else a regression of float targets in their own units.
         columns: what the columns of a table hold, if `load` was asked to describe them.
@@ -66,6 +69,7 @@ class FederatedData:
     preparation: Preparation | None = None
     task: Task = None  # type: ignore[assignment]  # __post_init__ gives it one
     columns: tuple[ColumnFacts, ...] = ()
+    awaits_statistics: bool = False
 
     def __post_init__(self) -> None:
         # In a deployment the server's data has no clients, because their data is on other machines.

@@ -18,6 +18,7 @@ import torch
 from pyarrow import types
 from torch import Tensor
 
+from fedpress.core.examples import MISSING
 from fedpress.data.cells import as_text, is_number, is_word, positions_in
 from fedpress.data.classes import OTHER
 from fedpress.data.columns import Column
@@ -72,6 +73,8 @@ class FeatureColumns:
             blocks.append(block)
             left_out |= dropped
         x = torch.from_numpy(np.concatenate(blocks, axis=1))
+        if self.settings.statistics == "private":
+            return self._to_be_filled(x, learned, torch.from_numpy(left_out))
         # Rows that are dropped need no values.
         gaps = x.isnan() & ~torch.from_numpy(left_out)[:, None]
         if not len(public) and bool(gaps.any()):
@@ -88,6 +91,19 @@ class FeatureColumns:
         # The fill values are stored for the device, which must fill missing cells in the same way.
         preparation = self._preparation(learned, fill if len(public) else None)
         return InputRows(torch.where(x.isnan(), fill, x), torch.from_numpy(left_out), preparation)
+
+    def _to_be_filled(self, x: Tensor, learned: list[InputColumn], left_out: Tensor) -> InputRows:
+        """Returns inputs whose missing cells are marked until a private statistic fills them.
+
+        Args:
+            x: the inputs [n, d], NaN where a cell is missing.
+            learned: the columns, without fill values.
+            left_out: whether a row is dropped, bool [n].
+        """
+        marks = torch.full((x.shape[1],), MISSING)
+        preparation = self._preparation(learned, marks)
+        # With another setting of `missing`, only rows that are left out have gaps.
+        return InputRows(torch.where(x.isnan(), marks, x), left_out, preparation)
 
     def _preparation(self, learned: list[InputColumn], fill: Tensor | None) -> Preparation:
         """Returns how raw rows become inputs.

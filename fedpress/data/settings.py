@@ -274,6 +274,12 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         "adds a class or an input; by default unknown classes are left out and unknown words "
         "are zeros",
     )
+    statistics: Literal["public", "private"] = Field(
+        "public",
+        description="where mean, std and the values of missing cells come from: public (the public "
+        "rows), or private (noised sums over the clients' rows, which a stage `statistics` asks "
+        "for)",
+    )
     series: SeriesSettings | None = Field(
         None,
         description="rows of a table that follow each other in time: windows, forecasts, lags, "
@@ -381,6 +387,23 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
                 f"source '{self.source}' needs a path",
                 place="path",
                 cure=("give ", Argument("path", "PATH")),
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _statistics_fit(self) -> Self:
+        if self.statistics == "public":
+            return self
+        for key, wrong in (("mean", bool(self.mean)), ("series", self.series is not None)):
+            if wrong:
+                raise SettingError(
+                    f"{key} is given, too", place="statistics", cure=f"leave {key} or this out"
+                )
+        if not self.reads_table:
+            raise SettingError(
+                f"private statistics are for columns of a table, and '{self.source}' is none",
+                place="statistics",
+                cure="leave it out, and give mean and std",
             )
         return self
 

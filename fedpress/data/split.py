@@ -284,6 +284,7 @@ def _assemble(examples: SourceRows, settings: DataSettings, parts: Parts) -> Fed
         class_names=class_names,
         preprocess=preprocess,
         task=task,
+        awaits_statistics=settings.statistics == "private",
         preparation=inputs.preparation
         and inputs.preparation.with_standardisation(preprocess, found.names, task.to_json()),
         columns=examples.facts(parts.public) if examples.facts is not None else (),
@@ -341,7 +342,8 @@ def _preprocess(public: Inputs, settings: DataSettings) -> Preprocess:
     """Returns the standardisation of the recipe, or one fitted on the public rows."""
     # Token ids are indices and have no mean.
     are_ids = isinstance(public, Tensor) and public.dtype == torch.int64
-    if not settings.mean and (are_ids or not len(public)):
+    asked_later = settings.statistics == "private"
+    if not settings.mean and (are_ids or asked_later or not len(public)):
         return Preprocess()
     if not settings.mean:
         with renaming({"x": "public part"}):

@@ -28,6 +28,7 @@ from fedpress.core.random_source import Source, as_random_source
 from fedpress.core.settings import SETTINGS
 from fedpress.errors import ModelError, SettingError, renaming, suggestion
 from fedpress.models import layer_list, memory
+from fedpress.models.column_sums import ColumnSums
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.pruned import resize_, set_groups_of_spec_, set_numbers_of_spec_
 from fedpress.models.resnet import resnet18, resnet_small
@@ -39,12 +40,16 @@ from fedpress.nn.quantized import quantize_layers_, register_kept_zeros_
 
 # Advice of errors about values that no spec of fedpress has: the file is damaged or malicious.
 NO_SPEC = "fedpress wrote no such file: copy it again from its source"
+COLUMN_SUMS = "column-sums"
+"""Name of the query of a stage `statistics`."""
 ARCHITECTURES: dict[str, Any] = {
     "resnet18": resnet18,
     "resnet-small": resnet_small,
     "cnn": CNN,
     "mlp": MLP,
     layer_list.NAME: layer_list.build,
+    # No network to be trained: the query of a stage `statistics`.
+    COLUMN_SUMS: ColumnSums,
 }
 """Name in a spec -> class or function that builds the network."""
 DATA_SIZES = ("in_features", "in_channels", "image_size", "num_classes")

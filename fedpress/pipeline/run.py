@@ -11,7 +11,8 @@ from typing import Any
 
 from fedpress.core.log import logger
 from fedpress.core.random import STREAMS
-from fedpress.data import FederatedData
+from fedpress.data import FederatedData, Preparation, statistics
+from fedpress.models import ModelSpec
 from fedpress.nn.quantized import kept_entries, materialize_, note_kept_zeros_
 from fedpress.pipeline.keys import stage_keys
 from fedpress.pipeline.measure import measure, measured_keys
@@ -112,6 +113,9 @@ def _stages(
         # same model, bit for bit.
         spec, model = place.load()
         before = state
+        state = replace(state, data=_completed(state.data, spec))
+        if state.data is not before.data:
+            inputs.write_preparation(replace(state, spec=spec), folder.path, folder.path)
         # `score` is the main metric of the model. An export stage measures its file and not the
         # model, so the score of the stage before is kept.
         of_model = not (stage.reports_artifact or stage.repeats_measurements)
@@ -126,6 +130,13 @@ def _stages(
         # Written after each stage, so that an interrupted run also has a result.
         write_result(recipe, folder, results, finished=finished, left_out=left_out)
         yield StageFinished(index, done.result)
+
+
+def _completed(data: FederatedData, spec: ModelSpec) -> FederatedData:
+    """Returns the data with the statistics in `spec`, if a query had to make them."""
+    if not data.awaits_statistics:
+        return data
+    return statistics.settled(data, Preparation.from_json(spec.preparation))
 
 
 def _check_streams(recipe: Recipe, folder: RunFolder, keys: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from fedpress.core import consent
 from fedpress.core.inputs import Inputs, Shape, call, dtype_of, shape_of, shape_text
 from fedpress.core.log import logger
 from fedpress.core.random import derive
+from fedpress.data import statistics
 from fedpress.data.examples import Progress
 from fedpress.data.load import Rows
 from fedpress.errors import Argument, FedpressError, ModelError, RecipeError, Words
@@ -111,6 +112,7 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
         TrainingError: if this machine lacks the recipe's device.
     """
     at = device_of(recipe)
+    waiting, data = data, _with_inputs(recipe, data)
     # A data set may have an empty public part or test set, so take the first part with examples.
     examples = next(a for a in (data.public, data.test, *data.clients.values()) if len(a))
     about: dict[str, Any] = {
@@ -148,7 +150,35 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
     # it.
     start = copied(model) if recipe.model.architecture == memory.IN_MEMORY else None
     dense = cost.parameters(start if start is not None else spec.build_dense())
+    # The stage that makes the statistics needs the data without them.
+    if waiting.awaits_statistics and recipe.stage[0].gives_statistics:
+        data = waiting
     return State(spec, model.train(), data, recipe.seed, dense, device=at, given=start)
+
+
+def _with_inputs(recipe: Recipe, data: data_sets.FederatedData) -> data_sets.FederatedData:
+    """Returns the data with the inputs that the model gets, if a query has still to complete them.
+
+    A checkpoint has the statistics of its training. Without one, the inputs have only the right
+    shape until the first stage has run.
+
+    Raises:
+        RecipeError: if the checkpoint was trained on other columns.
+    """
+    if not data.awaits_statistics or data.preparation is None:
+        return data
+    first = recipe.stage[0]
+    if first.gives_statistics:
+        return statistics.settled(data, first.prepared_shape(data.preparation))
+    assert recipe.model.checkpoint is not None, "checked by Recipe"
+    spec = saved_model(recipe.model.checkpoint)[0]
+    if not spec.preparation:
+        raise RecipeError(
+            "this model has no statistics of its training, and these data need private ones",
+            place="recipe.model.checkpoint",
+            cure="give a model that a run with these data has saved",
+        )
+    return statistics.settled(data, data_sets.Preparation.from_json(spec.preparation))
 
 
 def _preparation(

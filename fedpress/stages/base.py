@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import JsonValue
 
+from fedpress.data import Preparation
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import State, Tick
 
@@ -39,6 +40,8 @@ class Stage:
             from its spec. A model that only exists in memory has no such spec and is refused.
         several_inputs: whether the stage accepts models whose forward takes several inputs.
         needs_clients: whether the stage trains on the clients' private examples.
+        gives_statistics: whether the stage completes data whose statistics come from a private
+            query (`FederatedData.awaits_statistics`). Then it must be the first stage.
         requires_one_of: keys of which the user of a command must give one, because no default suits
             every model. Example: `keep_params` or `keep_macs` for prune.
         defaults_without_data: key -> its default if a command is given no data.
@@ -56,6 +59,7 @@ class Stage:
     needs_buildable_spec: ClassVar[bool] = False
     several_inputs: ClassVar[bool] = False
     needs_clients: ClassVar[bool] = False
+    gives_statistics: ClassVar[bool] = False
     requires_one_of: ClassVar[tuple[str, ...]] = ()
     defaults_without_data: ClassVar[Mapping[str, JsonValue]] = {}
     saved_models: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -77,6 +81,14 @@ class Stage:
     def private(self) -> bool:
         """Whether the stage guarantees differential privacy to the clients."""
         return False
+
+    def prepared_shape(self, about: Preparation) -> Preparation:
+        """Returns how rows are prepared after the stage: the inputs are known, not the numbers.
+
+        Args:
+            about: how they are prepared before the stage.
+        """
+        return about
 
     def setting_reading_labels(self) -> str:
         """Returns the setting because of which the stage reads labels, such as 'score = "taylor"'.

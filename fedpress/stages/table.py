@@ -80,6 +80,8 @@ STAGES = (
         "fedpress.stages.federate.stage:FederateStage",
         "Trains over clients that keep their data, for instance num_rounds=10.",
     ),
+    # No summary: it completes the data of a recipe, for the stages after it.
+    Row("statistics", "fedpress.stages.statistics.stage:StatisticsStage"),
     # No summary: `fedpress.measure` is a function of its own, for several models.
     Row("measure", "fedpress.stages.measure:MeasureStage"),
 )

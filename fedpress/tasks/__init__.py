@@ -18,6 +18,7 @@ from fedpress.tasks import own
 from fedpress.tasks.base import IGNORED, Metric, Sums, Task, merged, no_classes_error
 from fedpress.tasks.binary import Binary
 from fedpress.tasks.classification import Classification
+from fedpress.tasks.column_sums import ColumnSums
 from fedpress.tasks.forecast import Forecast
 from fedpress.tasks.language import Language
 from fedpress.tasks.multilabel import Multilabel
@@ -45,6 +46,9 @@ TASKS: dict[str, type[Task]] = {
 
 MOST_PARTS = 40
 """Largest number of classes or numbers whose names are in a result."""
+
+QUERIES: dict[str, type[Task]] = {ColumnSums.kind: ColumnSums}
+"""Tasks that only a stage of fedpress uses, and no recipe can name."""
 
 DEFAULT: dict[str, str] = {
     "classes": Classification.kind,
@@ -157,7 +161,8 @@ def of_model(saved: Mapping[str, Any], class_names: tuple[str, ...]) -> Task:
     """
     options = {key: value for key, value in saved.items() if key not in ("kind", "names")}
     # Classification stores no task: its names are the class names.
-    row = find(str(saved.get("kind", Classification.kind)))
+    kind = str(saved.get("kind", Classification.kind))
+    row = QUERIES.get(kind) or find(kind)
     names = tuple(saved.get("names", class_names))
     return replace(row(names), **_with_tuples(options))  # type: ignore[call-arg, type-var]
 
@@ -206,9 +211,11 @@ def _described(kind: str, line: Mapping[str, Any]) -> type[Task]:
 __all__ = [
     "DEFAULT",
     "IGNORED",
+    "QUERIES",
     "TASKS",
     "Binary",
     "Classification",
+    "ColumnSums",
     "Forecast",
     "Language",
     "Metric",

@@ -158,6 +158,33 @@ class Recipe(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _statistics_are_made_once(self) -> Recipe:
+        """Checks that data with private statistics have one stage that makes them, the first."""
+        makers = [at for at, stage in enumerate(self.stage) if stage.gives_statistics]
+        asked = self.data.statistics == "private"
+        # A saved model knows the statistics of its training.
+        if asked and not makers and self.model.checkpoint is None:
+            raise SettingError(
+                "no stage makes private statistics",
+                place="data.statistics",
+                cure='begin with a stage of kind "statistics", or leave this out',
+            )
+        if makers and not asked:
+            raise SettingError(
+                "the data take their statistics from public rows",
+                place=f"stage[{makers[0]}]",
+                cure=("set ", Argument("data.statistics", "private"), ", or leave this stage out"),
+            )
+        # The stages before would have trained on inputs of another scale.
+        if makers and makers != [0]:
+            raise SettingError(
+                "every stage before it would see other inputs than those after it",
+                place=f"stage[{makers[-1]}]",
+                cure="make it the first stage, and the only one of its kind",
+            )
+        return self
+
 
 def schema_tree() -> dict[str, Any]:
     """Returns the JSON schema of recipes, with a description of every key.

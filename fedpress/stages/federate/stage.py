@@ -121,21 +121,12 @@ class FederateStage(FederateSettings, Stage):
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Runs the rounds; yields a tick for each, and saves a checkpoint after each."""
-        for warning in self.warnings:
-            yield Tick(0, self.num_rounds, "", f"warning: stage.{self.name}.{warning}")
-        # Without a checkpoint the stage starts from the first round. Simulated clients must forget
-        # what they answered before the restart, or they would refuse to answer the same rounds
-        # again. Clients over a network do not forget: they send the same bytes again, since new
-        # answers would cost privacy again.
-        if not folder.begun and state.network is None:
-            folder.forget()
-        server = bind(self, state, folder.memory).server
         data = state.data
         if state.score is None and len(data.test):
             before = evaluate(state.model, data.test, data.preprocess, data.task)
             state = replace(state, score=before.score)
-        work = FederatedRounds(server, state)
-        yield from drive(work, folder)
+        work = yield from self.rounds(state, folder)
+        server = work.server
         parameters.assign_(server.model, work.now.params)
         facts = stage_facts(server, work.now, state.score, state.rounding)
         # Sparse weights were trained as vectors of their nonzero values; now they get their shapes
@@ -145,6 +136,20 @@ class FederateStage(FederateSettings, Stage):
         for p in model.parameters():
             p.requires_grad_(True)
         return replace(state, model=model, ledger=work.now.ledger, facts=facts)
+
+    def rounds(self, state: State, folder: StageFolder) -> Generator[Tick, None, FederatedRounds]:
+        """Runs the rounds, and returns them with their result."""
+        for warning in self.warnings:
+            yield Tick(0, self.num_rounds, "", f"warning: stage.{self.name}.{warning}")
+        # Without a checkpoint the stage starts from the first round. Simulated clients must forget
+        # what they answered before the restart, or they would refuse to answer the same rounds
+        # again. Clients over a network do not forget: they send the same bytes again, since new
+        # answers would cost privacy again.
+        if not folder.begun and state.network is None:
+            folder.forget()
+        work = FederatedRounds(bind(self, state, folder.memory).server, state)
+        yield from drive(work, folder)
+        return work
 
 
 def _short(transform: Settings) -> str:

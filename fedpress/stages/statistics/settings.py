@@ -1,0 +1,85 @@
+"""The settings of a statistics stage: the keys of its table in a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from fedpress.core.settings import SETTINGS
+from fedpress.errors import SettingError
+from fedpress.workspace.state import Name
+
+
+class QueryPrivacy(BaseModel):
+    """`[stage.privacy]` of a statistics stage. The keys mean what they mean in a federate stage."""
+
+    model_config = SETTINGS
+
+    unit: Literal["sample", "client"] = Field(
+        description="what is protected: sample (one example) or client (all examples of a client)"
+    )
+    trust: Literal["local", "distributed", "central"] | None = Field(
+        None,
+        description="who adds the noise: local (each client), distributed (all clients together, "
+        "in a secure sum), central (the server); by default that of a federate stage",
+    )
+    epsilon: float = Field(
+        gt=0, description="privacy budget of all sums together; the noise is calibrated to it"
+    )
+    delta: float = Field(
+        1e-5, gt=0, lt=1, description="delta of (epsilon, delta)-differential privacy"
+    )
+    secure_noise: bool = Field(
+        False,
+        description="draw noise from the operating system's random numbers, and round it to a "
+        "public grid; then a run cannot be repeated",
+    )
+
+
+class StatisticsSettings(BaseModel):
+    """The keys of a statistics stage."""
+
+    model_config = SETTINGS
+
+    kind: Literal["statistics"]
+    name: Name = "statistics"
+    bounds: dict[str, tuple[float, float]] = Field(
+        {},
+        description="lower and upper bound of each column of numbers, such as "
+        "{ age = [0, 110] }; values beyond count as the bound. They must be known without the "
+        "rows: the smallest and largest private value would tell about rows",
+    )
+    method: Literal["moments", "quantiles"] = Field(
+        "moments",
+        description="moments: mean and standard deviation; quantiles: the median, and the distance "
+        "of the quartiles / 1.349, on which few extreme values have no effect",
+    )
+    words: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {},
+        description="number of words of a column that keep inputs, such as { job = 20 }: the most "
+        "frequent ones of data.words, or of the public rows; others become unknown words",
+    )
+    privacy: QueryPrivacy = Field(description="the protected unit, who adds the noise, the budget")
+    secure_keys: bool = Field(
+        False,
+        description="draw the keys of a secure sum from the operating system; by default they "
+        "follow from the seed",
+    )
+    max_dropout: float = Field(
+        1 / 3,
+        ge=0,
+        lt=0.5,
+        description="largest share of the clients whose drop-out does not make a secure sum fail",
+    )
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> Self:
+        for name, (low, high) in self.bounds.items():
+            if not low < high:
+                raise SettingError(
+                    f"got [{low:g}, {high:g}], but the lower bound must be below the upper one",
+                    place=f"bounds.{name}",
+                    cure=f"write [{high:g}, {low:g}]" if low > high else "raise the second number",
+                )
+        return self

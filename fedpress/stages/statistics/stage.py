@@ -1,0 +1,198 @@
+"""The statistics stage: asks clients for noised sums, which scale, fill and select the inputs.
+
+The query is one round of a federate stage on the network `ColumnSums`, whose gradient is the vector
+of sums. So messages, noise, secure sums, charges and the policies of data owners are those of
+federated training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any, ClassVar, cast
+
+from pydantic import JsonValue
+
+from fedpress.data.preparation import Preparation
+from fedpress.data.statistics import settled, with_few_words
+from fedpress.errors import RecipeError
+from fedpress.models import ModelSpec
+from fedpress.models.column_sums import ColumnSums
+from fedpress.models.spec import COLUMN_SUMS
+from fedpress.stages.base import Stage
+from fedpress.stages.federate.binding import bind
+from fedpress.stages.federate.records import stage_facts
+from fedpress.stages.federate.server import ServerSide
+from fedpress.stages.federate.stage import FederateStage
+from fedpress.stages.statistics.query import Query, weak_columns
+from fedpress.stages.statistics.settings import StatisticsSettings
+from fedpress.tasks import ColumnSums as SumsTask
+from fedpress.workspace.stage_folder import StageFolder
+from fedpress.workspace.state import State, Tick
+
+ALL = 2**31
+"""A batch size above every number of examples: each row counts in the one batch."""
+FACTS = (
+    "clients", "bytes_up", "bytes_down", "unit", "trust", "delta", "noise_multiplier", "clip_norm",
+    "sampling_prob", "sum", "keys", "noise_source", "epsilon", "epsilon_is",
+)  # fmt: skip
+"""Facts of the round that describe the query, too."""
+
+
+class StatisticsStage(StatisticsSettings, Stage):
+    """`[[stage]] kind = "statistics"`: makes the statistics of private columns, with noise."""
+
+    changes_model: ClassVar[bool] = False
+    needs_clients: ClassVar[bool] = True
+    gives_statistics: ClassVar[bool] = True
+
+    @property
+    def private(self) -> bool:
+        """A query always has noise."""
+        return True
+
+    def prepared_shape(self, about: Preparation) -> Preparation:
+        """Returns the columns with as many words as they keep."""
+        return with_few_words(about, self.words)
+
+    def check(self, state: State) -> tuple[State, dict[str, Any]]:
+        """Plans the query; asks for nothing.
+
+        Returns:
+            The state after the stage, whose inputs have the right number and no statistics yet; and
+            facts, such as what the noise does to each mean.
+        """
+        query = self._query(state)
+        asking, stage = self._asking(state, query)
+        after, facts = stage.check(asking)
+        server = bind(stage, asking).server
+        network = cast(ColumnSums, asking.model)
+        errors = query.errors(network, noise_std(server))
+        about = self.prepared_shape(query.about)
+        told: dict[str, Any] = {key: facts[key] for key in FACTS if key in facts}
+        told["sums"] = network.sums.in_features
+        told["error_of_means"] = ", ".join(f"{name} {error:.3g}" for name, error in errors.items())
+        # No spread between two bounds is larger than half their distance.
+        hopeless = [name for name, error in errors.items() if error > _half(self.bounds[name])]
+        if hopeless:
+            told["warning"] = weak_columns(hopeless)
+        return self._after(state, about, after), told
+
+    def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
+        """Asks the query in one round, which is charged before any row is read."""
+        query = self._query(state)
+        asking, stage = self._asking(state, query)
+        work = yield from stage.rounds(asking, folder)
+        server = work.server
+        facts = stage_facts(server, work.now, None)
+        network = cast(ColumnSums, asking.model)
+        answer = query.answer(network, work.now.params, noise_std(server))
+        told: dict[str, JsonValue] = {key: facts[key] for key in FACTS if key in facts}
+        told |= {"sums": server.uplink.size, "columns": answer.columns}
+        told["words"] = {
+            column.name: list(column.words)
+            for column in answer.preparation.columns
+            if column.name in self.words
+        }
+        if not work.now.round:
+            raise RecipeError(
+                "the round of the query was not closed, so there are no statistics",
+                place="privacy",
+                cure="see the records of the run for what the clients said",
+            )
+        if answer.warning:
+            told["warning"] = answer.warning
+            yield Tick(1, 1, "", f"warning: {answer.warning}")
+        after = replace(asking, ledger=work.now.ledger)
+        return replace(self._after(state, answer.preparation, after), facts=told)
+
+    def _query(self, state: State) -> Query:
+        """Returns the query, after checking that it fits the data.
+
+        Raises:
+            RecipeError: if a column has no bounds, or is of another kind than the recipe says.
+        """
+        about = state.data.preparation
+        if about is None or not state.data.awaits_statistics:
+            raise RecipeError(
+                "the data have their statistics already",
+                place="",
+                cure='set data.statistics = "private", for a table',
+            )
+        return Query(self, about)
+
+    def _asking(self, state: State, query: Query) -> tuple[State, FederateStage]:
+        """Returns the state and the stage whose one round is the query."""
+        data = state.data
+        task = SumsTask(tuple(map(str, data.task.names)), data.task.targets)
+        spec = ModelSpec(
+            architecture=COLUMN_SUMS,
+            arguments=query.arguments,
+            input_shape=(query.about.width,),
+            class_names=data.class_names,
+            task=task.to_json(),
+        )
+        network = spec.build()
+        assert isinstance(network, ColumnSums)
+        # A query has no score.
+        empty = data.validation.take(data.validation.y.new_zeros(0).long())
+        asking = replace(
+            state,
+            spec=spec,
+            model=network,
+            data=replace(data, task=task, validation=empty),
+            score=0.0,
+            given=None,
+        )
+        stage = FederateStage.model_validate(
+            {
+                "kind": "federate",
+                "name": self.name,
+                "num_rounds": 1,
+                "batch_size": ALL,
+                "lr": 1.0,
+                "secure_keys": self.secure_keys,
+                "max_dropout": self.max_dropout,
+                "scored_clients": 0,
+                "privacy": {**self.privacy.model_dump(), "clip_norm": network.norm},
+            }
+        )
+        return asking, stage
+
+    def _after(self, state: State, about: Preparation, asked: State) -> State:
+        """Returns the state with the statistics in `about`, and the charges of `asked`."""
+        data = settled(state.data, about)
+        told = {
+            "mean": data.preprocess.mean,
+            "std": data.preprocess.std,
+            "preparation": about.to_json(),
+        }
+        return replace(
+            state,
+            data=data,
+            spec=state.spec.model_copy(update=told),
+            ledger=asked.ledger,
+        )
+
+
+def noise_std(server: ServerSide) -> float:
+    """Returns the standard deviation of the noise on the mean of each sum, if all clients answer."""
+    plan = next(iter(server.protection.plans.values()))
+    clients = len(server.population)
+    noise = server.uplink.trust.noise
+    grid = server.protection.grid
+    # The clients' noise adds up; each noises its own mean, or its own vector.
+    if noise == "step":
+        return plan.noise_std * math.sqrt(clients) / server.population.total
+    if noise == "vector":
+        return plan.noise_std / math.sqrt(clients)
+    divisor = server.protection.divisor or clients
+    if grid is not None:
+        assert grid.noise is not None
+        return math.sqrt(clients * grid.noise.variance) / grid.scale / divisor
+    return plan.noise_std / divisor
+
+
+def _half(bounds: tuple[float, float]) -> float:
+    return (bounds[1] - bounds[0]) / 2
