@@ -207,6 +207,12 @@ def _show_classes(out: Console, data: FederatedData, *, private: bool) -> None:
     """Prints how many examples of each class a client has; many classes are only drawn."""
     from fedpress.data.column_facts import bars
 
+                missing = f"{column.fill[0]:.4g}" if column.kind != "words" else "mean"
+            if data.awaits_statistics and column.fill:
+                missing = "noised mean"
+            rows.append([column.name, column.kind, str(column.width), missing, words])
+        header = ["Column", "Understood as", "Inputs", "If missing", "Words"]
+        out.print(as_rich(PlainTable(header, rows), text_columns=("Understood as", "Words")))
     clients = data.describe(private=private)["clients"]
     counted = {name: about["labels"] for name, about in clients.items() if "labels" in about}
     # Many clients or classes do not fit on a screen; `--json` has all of them.

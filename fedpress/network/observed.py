@@ -18,6 +18,7 @@ from fedpress.errors import WireError
 from fedpress.federation.trust import trust_of
 from fedpress.stages.base import Stage
 from fedpress.stages.federate.settings import FederateSettings
+from fedpress.stages.statistics.settings import StatisticsSettings
 from fedpress.transport.link import Link, Lost, Parcel
 from fedpress.wire.message import kind_of, unpack
 from fedpress.workspace.presence import MOST_LETTERS, ClientNow, PresenceNow, RefusedNow
@@ -44,7 +45,8 @@ def hides_cohort(stages: Iterable[Stage]) -> bool:
     A cohort is the set of clients of one round. It is secret if client sampling amplifies the
     privacy, and then nobody but the server may learn it.
     """
-    private = [one.privacy for one in stages if isinstance(one, FederateSettings)]
+    asking = [one for one in stages if isinstance(one, FederateSettings | StatisticsSettings)]
+    private = [one.privacy for one in asking]
     return any(one is not None and trust_of(one.unit, one.trust).hides_cohort for one in private)
 
 

@@ -70,6 +70,7 @@ def test_the_table_as_csv_is_checked_run_and_read_back(shell, capsys):
         ("Sound", "tones", 0.9),
         ("A Python function", "sensors", 0.85),
         ("Types of columns", "rentals", 0.85),
+        ("Private statistics", "clinics", 0.75),
     ],
 )
 def test_the_other_sources_are_run(heading, run, least, shell):

@@ -181,7 +181,8 @@ class Query:
             least = error * math.sqrt(0.25 + 4 * u**2)
             center = asked.center + asked.half * u
             spread = asked.half * math.sqrt(min(max(variance, least), 1.0))
-            weak = error > math.sqrt(max(variance, 0.0))
+            # Also if the variance is as large as its noise allows.
+            weak = error**2 > variance + 2 * least
             if variance < least:
                 found.hidden.append(name)
             told = {"mean": center, "std": spread, "error": asked.half * error}
