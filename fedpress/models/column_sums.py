@@ -108,6 +108,9 @@ class ColumnSums(nn.Module):
         numbers: (at, low, high, bins) of each input of numbers, see `Number`.
         flags: (at, width) of each column of words, see `Flags`.
         gaps: whether cells may be missing. If so, the rows with a value are counted for each column.
+        counted: whether all rows are counted, in the first sum. The divisor of the sums may be that
+            of all clients; the count then says what share of them answered. With `gaps` the counts
+            of the columns say so.
 
     >>> sums = ColumnSums(numbers=((0, 0.0, 100.0, 0),))
     >>> sums.phi(torch.tensor([[75.0], [200.0]])).tolist()
@@ -120,14 +123,16 @@ class ColumnSums(nn.Module):
         numbers: tuple[tuple[int, float, float, int], ...] = ((0, -1.0, 1.0, 0),),
         flags: tuple[tuple[int, int], ...] = (),
         gaps: bool = False,
+        counted: bool = False,
     ) -> None:
         super().__init__()
         self.gaps = gaps
+        self.counted = counted and not gaps
         self.columns: tuple[Number | Flags, ...] = (
             *(Number(*one) for one in numbers),
             *(Flags(*one) for one in flags),
         )
-        width = sum(self.width_of(column) for column in self.columns)
+        width = int(self.counted) + sum(self.width_of(column) for column in self.columns)
         self.sums = nn.Linear(width, 1, bias=False)
         nn.init.zeros_(self.sums.weight)
 
@@ -138,11 +143,12 @@ class ColumnSums(nn.Module):
     @property
     def norm(self) -> float:
         """The largest L2 norm of what a row adds to all sums: the sensitivity of the query."""
-        return math.sqrt(sum(column.square + int(self.gaps) for column in self.columns))
+        columns = sum(column.square + int(self.gaps) for column in self.columns)
+        return math.sqrt(int(self.counted) + columns)
 
     def phi(self, x: Tensor) -> Tensor:
         """Returns what each row [n, d] adds to each sum, float32 [n, width]."""
-        parts = []
+        parts = [torch.ones_like(x[:, :1])] if self.counted else []
         for column in self.columns:
             there = (x[:, column.at : column.at + 1] != MISSING).to(x.dtype)
             if self.gaps:

@@ -12,12 +12,15 @@ from torch import Tensor
 from fedpress.data.preparation import InputColumn, Preparation
 from fedpress.data.statistics import chosen
 from fedpress.errors import RecipeError, suggestion
+from fedpress.federation import trust_of
 from fedpress.models.column_sums import ColumnSums, Number
 from fedpress.stages.statistics.settings import StatisticsSettings
 
 BINS = 64
 """Bins between the bounds of a column, from which quantiles are computed."""
 QUARTILES = (0.25, 0.5, 0.75)
+LEAST = 1e-6
+"""Shares of rows below this one count as this one, so that nothing is divided by 0."""
 NORMAL = 1.349
 """Distance of the quartiles of a normal distribution with standard deviation 1."""
 
@@ -90,7 +93,10 @@ class Query:
                 numbers.append([at, low, high, bins])
             else:
                 flags.append([at, column.width])
-        return {"numbers": numbers, "flags": flags, "gaps": self.gaps}
+        private = self.settings.privacy
+        # Where the sums are divided by the number of all clients, some may not have answered.
+        counted = trust_of(private.unit, private.trust).fixed_divisor
+        return {"numbers": numbers, "flags": flags, "gaps": self.gaps, "counted": counted}
 
     def answer(self, network: ColumnSums, means: Tensor, std: float) -> Answer:
         """Computes the statistics from the noised means of all sums.
@@ -103,7 +109,11 @@ class Query:
             std: standard deviation of the noise on each of them.
         """
         found = Answer(self.about)
-        parts = means.double().split([network.width_of(column) for column in network.columns])
+        means = means.double()
+        if network.counted:
+            share = max(float(means[0]), std, LEAST)
+            means, std = means[1:] / share, std / share
+        parts = means.split([network.width_of(column) for column in network.columns])
         answers = {
             column.at: (column, part.tolist())
             for column, part in zip(network.columns, parts, strict=True)
@@ -215,7 +225,7 @@ class Query:
         if not self.gaps:
             return 1.0, sums, std
         # A share below its own noise would make every mean huge.
-        share = max(sums[0], std, 1e-6)
+        share = max(sums[0], std, LEAST)
         return share, sums[1:], std / share
 
     def _check_names(self) -> None:

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from fedpress.data.preparation import Preparation
 from fedpress.data.statistics import settled, with_few_words
-from fedpress.errors import RecipeError
+from fedpress.errors import RecipeError, TrainingError
 from fedpress.models import ModelSpec
 from fedpress.models.column_sums import ColumnSums
 from fedpress.models.spec import COLUMN_SUMS
@@ -85,6 +85,12 @@ class StatisticsStage(StatisticsSettings, Stage):
         asking, stage = self._asking(state, query)
         work = yield from stage.rounds(asking, folder)
         server = work.server
+        if work.now.closed:
+            raise TrainingError(
+                "no client's sums were used, so there are no statistics",
+                place="",
+                cure="see refused in records.jsonl, and begin a new run",
+            )
         facts = stage_facts(server, work.now, None)
         network = cast(ColumnSums, asking.model)
         answer = query.answer(network, work.now.params, noise_std(server))
@@ -95,12 +101,6 @@ class StatisticsStage(StatisticsSettings, Stage):
             for column in answer.preparation.columns
             if column.name in self.words
         }
-        if not work.now.round:
-            raise RecipeError(
-                "the round of the query was not closed, so there are no statistics",
-                place="privacy",
-                cure="see the records of the run for what the clients said",
-            )
         if answer.warning:
             told["warning"] = answer.warning
             yield Tick(1, 1, "", f"warning: {answer.warning}")

@@ -142,7 +142,7 @@ def test_the_noise_has_the_planned_standard_deviation(table, unit, trust):
         start = Start(parameters.flatten(server.model))
         params = next(iter(server.rounds(start))).params.double()
         drawn += ((params - exact) / noise_std(server)).tolist()
-    # 330 values; the sums of a row are noised independently.
+    # At least 330 values; the sums of a row are noised independently.
     assert stats.kstest(drawn, "norm").pvalue > 1e-3
     assert math.sqrt(sum(one**2 for one in drawn) / len(drawn)) == pytest.approx(1, abs=0.15)
 
