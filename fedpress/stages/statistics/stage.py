@@ -63,8 +63,8 @@ class StatisticsStage(StatisticsSettings, Stage):
             The state after the stage, whose inputs have the right number and no statistics yet; and
             facts, such as what the noise does to each mean.
         """
-        query = self._query(state)
-        asking, stage = self._asking(state, query)
+        query = self.query(state)
+        asking, stage = self.as_round(state, query)
         after, facts = stage.check(asking)
         server = bind(stage, asking).server
         network = cast(ColumnSums, asking.model)
@@ -81,8 +81,8 @@ class StatisticsStage(StatisticsSettings, Stage):
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Asks the query in one round, which is charged before any row is read."""
-        query = self._query(state)
-        asking, stage = self._asking(state, query)
+        query = self.query(state)
+        asking, stage = self.as_round(state, query)
         work = yield from stage.rounds(asking, folder)
         server = work.server
         if work.now.closed:
@@ -107,7 +107,7 @@ class StatisticsStage(StatisticsSettings, Stage):
         after = replace(asking, ledger=work.now.ledger)
         return replace(self._after(state, answer.preparation, after), facts=told)
 
-    def _query(self, state: State) -> Query:
+    def query(self, state: State) -> Query:
         """Returns the query, after checking that it fits the data.
 
         Raises:
@@ -122,7 +122,7 @@ class StatisticsStage(StatisticsSettings, Stage):
             )
         return Query(self, about)
 
-    def _asking(self, state: State, query: Query) -> tuple[State, FederateStage]:
+    def as_round(self, state: State, query: Query) -> tuple[State, FederateStage]:
         """Returns the state and the stage whose one round is the query."""
         data = state.data
         task = SumsTask(tuple(map(str, data.task.names)), data.task.targets)

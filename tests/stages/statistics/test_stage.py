@@ -125,7 +125,7 @@ def asking(table: str, unit: str, trust: str, seed: int = 0):
     recipe = recipes.load(text)
     state = replace(first_state(recipe, load_data(recipe)), seed=seed)
     first = recipe.stage[0]
-    inner, stage = first._asking(state, first._query(state))
+    inner, stage = first.as_round(state, first.query(state))
     each = [inner.model.phi(one.x).double() for one in inner.data.clients.values()]
     exact = torch.cat(each).mean(0)
     if unit == "client":
