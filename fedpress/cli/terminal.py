@@ -23,6 +23,7 @@ from fedpress.reports.table import as_rich
 if TYPE_CHECKING:
     from fedpress.data import FederatedData
     from fedpress.data.column_facts import ColumnFacts
+    from fedpress.data.preparation import InputColumn
 
 
 def console(*, quiet: bool) -> Console:
@@ -210,6 +211,7 @@ def _show_classes(out: Console, data: FederatedData, *, private: bool) -> None:
                 missing = f"{column.fill[0]:.4g}" if column.kind != "words" else "mean"
             if data.awaits_statistics and column.fill:
                 missing = "noised mean"
+                missing = _fill(column, data)
             rows.append([column.name, column.kind, str(column.width), missing, words])
         header = ["Column", "Understood as", "Inputs", "If missing", "Words"]
         out.print(as_rich(PlainTable(header, rows), text_columns=("Understood as", "Words")))
@@ -226,6 +228,13 @@ def _show_classes(out: Console, data: FederatedData, *, private: bool) -> None:
     out.print(as_rich(PlainTable(["Client", "Examples", *names, "Classes"], rows)))
     if len(counted) > CLIENTS_SHOWN:
         out.print(f"{len(counted) - CLIENTS_SHOWN:,} more clients")
+
+
+def _fill(column: InputColumn, data: FederatedData) -> str:
+    """Returns what fills a missing cell of a column."""
+    if data.awaits_statistics:
+        return "noised mean"
+    return f"{column.fill[0]:.4g}" if column.kind != "words" else "mean"
 
 
 def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:

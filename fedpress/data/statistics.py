@@ -76,8 +76,8 @@ def with_few_words(about: Preparation, words: Mapping[str, int]) -> Preparation:
         if column.name in words:
             rest = tuple(word for word in kept if not _is_other(column, word))
             kept = chosen(column, rest[: words[column.name]])
-        fill = (0.0,) * max(1, len(kept)) if column.fill else ()
-        columns.append(replace(column, words=kept, fill=fill))
+        column = replace(column, words=kept)
+        columns.append(replace(column, fill=(0.0,) * column.width if column.fill else ()))
     width = sum(column.width for column in columns)
     return replace(about, columns=tuple(columns), mean=(0.0,) * width, std=(1.0,) * width)
 

@@ -65,6 +65,12 @@ class StreamedColumns:
         Raises:
             DataError: as `FeatureColumns.inputs`; a row is then named by its place in its batch.
         """
+        if self.settings.statistics == "private":
+            raise DataError(
+                "a table that is larger than memory has its statistics from public rows",
+                place="statistics",
+                cure="leave it out, or take a machine with more memory",
+            )
         shown = self._rows_at(public)
         with placing("the public rows"):
             learned = self._encoded(shown, shown.slice(0, 0))

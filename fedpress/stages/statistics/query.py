@@ -67,6 +67,7 @@ class Query:
 
     def __post_init__(self) -> None:
         self._check_names()
+        self._check_dates()
         self._check_bounds()
         if not any(True for _ in self._asked()):
             raise RecipeError(
@@ -164,7 +165,8 @@ class Query:
             at += column.width
         yield from ((at, column) for at, column in placed if column.kind == "number")
         for at, column in placed:
-            if column.kind != "number" and (column.fill or column.name in self.settings.words):
+            counted = column.kind in ("words", "truth")
+            if counted and (column.fill or column.name in self.settings.words):
                 yield at, column
 
     def _of_numbers(
@@ -261,6 +263,16 @@ class Query:
                     cure='set data.unknown = "other", or leave it out of words',
                 )
 
+    def _check_dates(self) -> None:
+        """Refuses dates that need a mean: the days that have passed, or a filled cell."""
+        for column in self.about.columns:
+            if column.kind == "date" and (column.fill or "days" in column.parts):
+                raise RecipeError(
+                    f"'{column.name}' is a date, of which no private mean can be asked",
+                    place="bounds",
+                    cure="name it in data.drop_columns",
+                )
+
     def _check_bounds(self) -> None:
         """Refuses columns of numbers without bounds."""
         lacking = [
@@ -321,8 +333,11 @@ def _listed(names: Sequence[str]) -> str:
     return listed + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
+PLURALS = {"number": "numbers", "words": "words", "truth": "true and false", "date": "dates"}
+
+
 def _plural(kind: str) -> str:
-    return {"number": "numbers", "words": "words", "truth": "true and false"}[kind]
+    return PLURALS[kind]
 
 
 def _key(name: str) -> str:
