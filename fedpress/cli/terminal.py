@@ -183,10 +183,7 @@ def show_inputs(out: Console, data: FederatedData, *, private: bool) -> None:
         for column in data.preparation.columns:
             found = facts.pop(column.name, None)
             about = [_missing(found), content(found)] if found else ["", ""]
-            missing = "refused"
-            if column.fill:
-                one = column.kind in ("number", "truth")
-                missing = f"{column.fill[0]:.4g}" if one else "mean"
+            missing = _fill(column, data) if column.fill else "refused"
             # Codes are words whose digits mean nothing.
             kind = "integer id" if found and found.type == "integer id" else column.kind
             rows.append([column.name, kind, str(column.width), about[0], missing, about[1]])
@@ -195,6 +192,13 @@ def show_inputs(out: Console, data: FederatedData, *, private: bool) -> None:
         header = ["Column", "Understood as", "Inputs", "Missing", "If missing", "Content"]
         out.print(as_rich(PlainTable(header, rows), text_columns=("Understood as", "Content")))
     _show_classes(out, data, private=private)
+
+
+def _fill(column: InputColumn, data: FederatedData) -> str:
+    """Returns what fills a missing cell of a column."""
+    if data.awaits_statistics:
+        return "noised mean"
+    return f"{column.fill[0]:.4g}" if column.kind in ("number", "truth") else "mean"
 
 
 def _missing(column: ColumnFacts) -> str:
@@ -208,13 +212,6 @@ def _show_classes(out: Console, data: FederatedData, *, private: bool) -> None:
     """Prints how many examples of each class a client has; many classes are only drawn."""
     from fedpress.data.column_facts import bars
 
-                missing = f"{column.fill[0]:.4g}" if column.kind != "words" else "mean"
-            if data.awaits_statistics and column.fill:
-                missing = "noised mean"
-                missing = _fill(column, data)
-            rows.append([column.name, column.kind, str(column.width), missing, words])
-        header = ["Column", "Understood as", "Inputs", "If missing", "Words"]
-        out.print(as_rich(PlainTable(header, rows), text_columns=("Understood as", "Words")))
     clients = data.describe(private=private)["clients"]
     counted = {name: about["labels"] for name, about in clients.items() if "labels" in about}
     # Many clients or classes do not fit on a screen; `--json` has all of them.
@@ -228,13 +225,6 @@ def _show_classes(out: Console, data: FederatedData, *, private: bool) -> None:
     out.print(as_rich(PlainTable(["Client", "Examples", *names, "Classes"], rows)))
     if len(counted) > CLIENTS_SHOWN:
         out.print(f"{len(counted) - CLIENTS_SHOWN:,} more clients")
-
-
-def _fill(column: InputColumn, data: FederatedData) -> str:
-    """Returns what fills a missing cell of a column."""
-    if data.awaits_statistics:
-        return "noised mean"
-    return f"{column.fill[0]:.4g}" if column.kind != "words" else "mean"
 
 
 def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
