@@ -68,13 +68,15 @@ def with_file(table: Any, path: Path, settings: DataSettings) -> Any:
 
 
 def _parquet(path: Path, settings: DataSettings, columns: Sequence[str] | None) -> Iterator[Any]:
-    with pyarrow.parquet.ParquetFile(path) as file:
+    # Without `pre_buffer=False` pyarrow keeps what it has read until the end of the file.
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
         there = file.schema_arrow.names
         # Of parquet columns that are not named here nothing is read.
         wanted = None if columns is None else [name for name in columns if name in there]
         rows = max(CELLS // len(there), 1)
-        for batch in file.iter_batches(batch_size=rows, columns=wanted):
-            yield pa.Table.from_batches([batch])
+        for group in range(file.num_row_groups):
+            for batch in file.iter_batches(rows, row_groups=[group], columns=wanted):
+                yield pa.Table.from_batches([batch])
 
 
 def _arrow(path: Path, settings: DataSettings, columns: Sequence[str] | None) -> Iterator[Any]:
