@@ -15,8 +15,8 @@ from fedpress.data.arrow import FILE_START
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, first_line
 
-# Cells of a batch: as float32 they take 64 MB.
-CELLS = 1 << 24
+# Cells of a batch: as float32 they take 16 MB, and some times as much while they are converted.
+CELLS = 1 << 22
 FILE = "file"
 """With `client_column = "file"` each file is a client with the name of the file, unless the table
 has a column of this name."""
