@@ -11,15 +11,14 @@ from typing import Any
 
 from fedpress.core.log import logger
 from fedpress.core.random import STREAMS
-from fedpress.data import FederatedData, Preparation, statistics
-from fedpress.models import ModelSpec
+from fedpress.data import FederatedData
 from fedpress.nn.quantized import kept_entries, materialize_, note_kept_zeros_
 from fedpress.pipeline.keys import stage_keys
 from fedpress.pipeline.measure import measure, measured_keys
 from fedpress.pipeline.places import errors_of_stage
 from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.result import write_result
-from fedpress.pipeline.start import first_state, parent_of, with_parent
+from fedpress.pipeline.start import completed, first_state, parent_of, with_parent
 from fedpress.privacy.ledger import Ledger
 from fedpress.stages import inputs
 from fedpress.stages.base import Stage
@@ -113,7 +112,7 @@ def _stages(
         # same model, bit for bit.
         spec, model = place.load()
         before = state
-        state = replace(state, data=_completed(state.data, spec))
+        state = replace(state, data=completed(state.data, spec))
         if state.data is not before.data:
             inputs.write_preparation(replace(state, spec=spec), folder.path, folder.path)
         # `score` is the main metric of the model. An export stage measures its file and not the
@@ -130,13 +129,6 @@ def _stages(
         # Written after each stage, so that an interrupted run also has a result.
         write_result(recipe, folder, results, finished=finished, left_out=left_out)
         yield StageFinished(index, done.result)
-
-
-def _completed(data: FederatedData, spec: ModelSpec) -> FederatedData:
-    """Returns the data with the statistics in `spec`, if a query had to make them."""
-    if not data.awaits_statistics:
-        return data
-    return statistics.settled(data, Preparation.from_json(spec.preparation))
 
 
 def _check_streams(recipe: Recipe, folder: RunFolder, keys: Sequence[str]) -> None:

@@ -171,14 +171,28 @@ def _with_inputs(recipe: Recipe, data: data_sets.FederatedData) -> data_sets.Fed
     if first.gives_statistics:
         return statistics.settled(data, first.prepared_shape(data.preparation))
     assert recipe.model.checkpoint is not None, "checked by Recipe"
-    spec = saved_model(recipe.model.checkpoint)[0]
-    if not spec.preparation:
+    return completed(data, saved_model(recipe.model.checkpoint)[0])
+
+
+def completed(data: data_sets.FederatedData, spec: ModelSpec) -> data_sets.FederatedData:
+    """Returns the data with the statistics of a model, if a private query had to make them.
+
+    Raises:
+        RecipeError: if the model has none, or was trained on other columns.
+    """
+    if not data.awaits_statistics or data.preparation is None:
+        return data
+    names = [column.name for column in data.preparation.columns]
+    about = None
+    if spec.preparation:
+        about = data_sets.Preparation.from_json(spec.preparation)
+    if about is None or [column.name for column in about.columns] != names:
         raise RecipeError(
-            "this model has no statistics of its training, and these data need private ones",
-            place="recipe.model.checkpoint",
+            "the model has no private statistics of these columns, and these data need them",
+            place="recipe.data.statistics",
             cure="give a model that a run with these data has saved",
         )
-    return statistics.settled(data, data_sets.Preparation.from_json(spec.preparation))
+    return statistics.settled(data, about)
 
 
 def _preparation(

@@ -23,7 +23,7 @@ from fedpress.pipeline.commands.chosen_data import ChosenData
 from fedpress.pipeline.commands.subject import NO_SOURCE, ChosenModel
 from fedpress.pipeline.measure import measure
 from fedpress.pipeline.recipe import Override, Recipe
-from fedpress.pipeline.start import first_state, load_data
+from fedpress.pipeline.start import completed, first_state, load_data
 from fedpress.stages.table import row_of
 from fedpress.workspace.atomic import write_json_with_checksum
 from fedpress.workspace.folder import RunFolder
@@ -150,6 +150,7 @@ class OneStage:
             data = load_data(self.recipe, progress=progress)
         if spec is None:
             return data
+        data = completed(data, spec)
         if self.recipe.data.source == NO_SOURCE:
             names = spec.class_names or data.class_names
             task = tasks.of_model(spec.task, names)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+import fedpress
 from fedpress.core import parameters
 from fedpress.core.examples import MISSING
 from fedpress.data.preparation import Preparation
@@ -245,6 +246,16 @@ def test_before_the_query_no_statistic_of_private_rows_is_in_the_data(table):
     data = load_data(recipes.load(table + FIRST))
     assert data.preprocess.mean == ()
     assert data.preparation.columns[0].fill == (MISSING,)
+
+
+@pytest.mark.recipe
+def test_later_commands_prepare_rows_by_the_statistics_of_the_run(whole, tmp_path):
+    last = json.loads((whole / "result.json").read_text())["final"]
+    assert fedpress.evaluate(whole)["accuracy"] == pytest.approx(last["accuracy"])
+    fedpress.pack(whole, out=tmp_path / "small")
+    files = [folder / "preparation.json" for folder in (whole, tmp_path / "small")]
+    first, second = (Preparation.read(file) for file in files)
+    assert first == second
 
 
 def separable(folder) -> str:
