@@ -41,6 +41,8 @@ from fedpress.data.load import load
 from fedpress.data.settings import DataSettings
 
 Stages = list[dict[str, Any]]
+LOCAL = ("batch_size", "lr", "optimizer", "momentum", "betas", "weight_decay")
+"""Keys of a federate stage that a client's own training has too."""
 
 
 def arms(
@@ -60,9 +62,7 @@ def arms(
     train = {
         "kind": "train",
         "epochs": rounds * federate.get("epochs", 1),
-        "optimizer": federate.get("optimizer", "sgd"),
-        "momentum": federate.get("momentum", 0.0),
-        **{key: federate[key] for key in ("batch_size", "lr") if key in federate},
+        **{key: federate[key] for key in LOCAL if key in federate},
     }
     open_ = {key: value for key, value in federate.items() if key != "privacy"}
     clients = list(data.clients.values())
