@@ -8,6 +8,7 @@ Signatures say `Tensor` where nearly all outputs are one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
@@ -68,6 +69,34 @@ def joined_outputs(parts: Sequence[Outputs]) -> Outputs:
     for first, column in zip(leaves, columns, strict=True):
         found.append(torch.cat(column) if isinstance(first, Tensor) else first)
     return cast(Outputs, tree_unflatten(found, form))
+
+
+def spreads(batches: Sequence[object]) -> list[float]:
+    """Returns the standard deviation of each tensor of the outputs over the examples.
+
+    It is the root of the mean variance of a tensor's values, each over all examples. Of a tensor
+    that is the same for all examples it is 1, so that it can be divided by; of integers, too.
+
+    Args:
+        batches: outputs of each batch, of the same structure.
+
+    >>> spreads([torch.tensor([[1.0, 5.0]]), torch.tensor([[3.0, 7.0], [2.0, 6.0]])])
+    [0.816496580927726]
+    """
+    found = []
+    for parts in zip(*map(output_tensors, batches), strict=True):
+        if not parts[0].is_floating_point():
+            found.append(1.0)
+            continue
+        count = sum(map(len, parts))
+        sums = torch.stack([part.double().sum(0) for part in parts])
+        mean = sums.sum(0) / count
+        squares = sum(float((part - mean).square().sum()) for part in parts)
+        variance = squares / (count * mean.numel())
+        # Below this, the differences are only rounding errors of float32.
+        rounding = 1e-12 * float(mean.square().mean())
+        found.append(math.sqrt(variance) if variance > rounding else 1.0)
+    return found
 
 
 def outputs_text(outputs: object) -> str:

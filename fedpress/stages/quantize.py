@@ -28,6 +28,7 @@ from fedpress.nn.resize import copied
 from fedpress.stages.base import Stage
 from fedpress.stages.public import check_public_training, draw_calibration
 from fedpress.stages.teaching import SAVED_MODELS, StageTraining, TeacherTrainSettings
+from fedpress.tasks import Task, of_model
 from fedpress.workspace.drive import drive
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
@@ -211,10 +212,13 @@ class QuantizeStage(TeacherTrainSettings, Stage):
             check_public_training(state, self)
             self.objective(state, 0)
         if self._looks_at_data():
-            draw_calibration(state, self.calibration, 0)
+            drawn = draw_calibration(state, self.calibration, 0)
         model = copied(state.model).to("cpu")
         spec, table, left = self._prepare_(model, state)
         if self.mixed:
+            # Without layers, only the outputs of two examples are compared with themselves.
+            few = state.data.preprocess(drawn.x[:2])
+            quantizing.measure_choices(model, {}, self.mixed, [few], _task(state))
             table = _with_bits(table, self._smallest(model, table))
         quantize_layers_(model, table)
         spec = spec.model_copy(update={"quantized": {**spec.quantized, **table}})
@@ -233,7 +237,9 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         if self.mixed:
             # Each layer is measured at all bits, which takes long. Four batches are enough to rank
             # the layers.
-            choices = quantizing.measure_choices(model, table, self.mixed, batches[:4])
+            choices = quantizing.measure_choices(
+                model, table, self.mixed, batches[:4], _task(state)
+            )
             chosen = quantizing.choose_bits(choices, self.max_bytes or 0)
             table = _with_bits(table, chosen)
         notes = quantizing.quantize_(
@@ -372,6 +378,15 @@ class QuantizeStage(TeacherTrainSettings, Stage):
             return []
         drawn = draw_calibration(state, self.calibration, seed)
         return [state.data.preprocess(x) for x in drawn.x.split(BATCH)]
+
+
+def _task(state: State) -> Task | None:
+    """Returns what the model's outputs mean; None if neither data nor model say it."""
+    if state.data.labelled:
+        return state.data.task
+    spec = state.spec
+    # Inputs without labels have no task, but a saved model has that of its training.
+    return of_model(spec.task, spec.class_names) if spec.task or spec.class_names else None
 
 
 def _with_bits(

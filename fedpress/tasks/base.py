@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -229,6 +229,32 @@ class Task(ABC):
         pairs = zip(output_tensors(outputs), output_tensors(teacher), strict=True)
         each = [
             (mine - theirs).square().mean() for mine, theirs in pairs if mine.is_floating_point()
+        ]
+        return torch.stack(each).sum()
+
+    def divergence(self, outputs: Tensor, reference: Tensor, spreads: Sequence[float]) -> Tensor:
+        """Returns how far outputs are from reference outputs [n, ...]; 0 if they are equal.
+
+        A task with a soft loss of its own says it by this loss at temperature 1: for probabilities
+        it is the Kullback-Leibler divergence in nats, the mean over examples and positions. For
+        other tasks it is the mean squared difference as a share of the reference's variance; of
+        several outputs, the sum of these shares.
+
+        Args:
+            outputs: outputs of a changed network.
+            reference: outputs of the network before the change.
+            spreads: standard deviation of each tensor of the reference over many examples (see
+                `fedpress.core.outputs.spreads`), so that outputs in different units count alike.
+        """
+        if type(self).soft_loss is not Task.soft_loss:
+            # A cross-entropy is not 0 for equal outputs, but the entropy of the reference.
+            least = self.soft_loss(reference, reference, 1.0)
+            return self.soft_loss(outputs, reference, 1.0) - least
+        triples = zip(output_tensors(outputs), output_tensors(reference), spreads, strict=True)
+        each = [
+            ((changed - before) / spread).square().mean()
+            for changed, before, spread in triples
+            if before.is_floating_point()
         ]
         return torch.stack(each).sum()
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributions import Bernoulli, kl_divergence
 
 from fedpress import tasks
+from fedpress.core.outputs import spreads
 from fedpress.errors import DataError, ModelError
 from fedpress.tasks import Task, merged
 from fedpress.tasks.base import IGNORED
@@ -224,6 +226,48 @@ def test_a_student_equal_to_its_teacher_has_the_least_soft_loss(kind):
     task, outputs, _ = made(kind, 6)
     equal = task.soft_loss(outputs, outputs, 2.0)
     assert equal < task.soft_loss(outputs + torch.randn_like(outputs), outputs, 2.0)
+
+
+@every
+def test_the_divergence_is_0_for_equal_outputs_and_grows_with_their_distance(kind):
+    task, outputs, _ = made(kind, 40)
+    spread = spreads([outputs])
+    change = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(3))
+    at = [float(task.divergence(outputs + size * change, outputs, spread)) for size in (0, 0.1, 1)]
+    assert at[0] == 0
+    # It is quadratic near 0, so that one of many small changes is not lost among large ones.
+    assert 0 < 10 * at[1] < at[2]
+
+
+@pytest.mark.parametrize("kind", ["binary", "multilabel", "survival"])
+def test_the_divergence_of_flags_is_that_of_bernoulli_variables(kind):
+    task, outputs, _ = made(kind, 20)
+    _, others, _ = made(kind, 20, seed=1)
+    of_torch = kl_divergence(Bernoulli(logits=outputs), Bernoulli(logits=others)).mean()
+    torch.testing.assert_close(task.divergence(others, outputs, [1.0]), of_torch)
+
+
+@pytest.mark.parametrize("kind", ["regression", "poisson", "forecast"])
+def test_the_divergence_of_numbers_is_a_share_of_their_variance(kind):
+    task, outputs, _ = made(kind, 200)
+    constant = outputs.mean(0).expand_as(outputs)
+    # A network that says the mean to everybody has lost all of the variance, in any unit.
+    for unit in (1, 1e4):
+        found = task.divergence(unit * constant, unit * outputs, spreads([unit * outputs]))
+        assert float(found) == pytest.approx(1, rel=1e-5)
+
+
+def test_the_spread_of_outputs_is_that_of_all_batches_together():
+    chance = torch.Generator().manual_seed(0)
+    whole = {
+        "boxes": 5 + torch.randn(70, 3, 4, generator=chance),
+        "kinds": torch.ones(70, 2, dtype=torch.int64),
+        "constant": torch.full((70, 2), 0.1),
+    }
+    parts = [{key: part[rows] for key, part in whole.items()} for rows in
+             (slice(0, 1), slice(1, 60), slice(60, 70))]  # fmt: skip
+    by_hand = whole["boxes"].double().var(0, correction=0).mean().sqrt()
+    assert spreads(parts) == pytest.approx([float(by_hand), 1, 1])
 
 
 def test_positions_that_are_padding_count_for_nothing():

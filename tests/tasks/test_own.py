@@ -13,10 +13,13 @@ import torch
 import fedpress
 from fedpress import tasks
 from fedpress.compress.distill import Distillation, DistillSettings
+from fedpress.compress.quantize import measure_choices, quantizable
 from fedpress.core import consent, own_modules
 from fedpress.core.outputs import joined_outputs, output_tensors, rows_of_outputs
 from fedpress.errors import FedpressError, ModelError, RecipeError
 from fedpress.models import ModelSpec
+from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
+from fedpress.nn.quantized import quantized_layers
 from fedpress.privacy.per_example.gradients import choose_method, clipped_gradient_sum
 from fedpress.tasks import Metric, Task
 from fedpress.tasks.base import reduced
@@ -160,6 +163,51 @@ def test_the_detector_of_the_page_is_trained_cut_quantized_federated_and_exporte
     of_file = fedpress.predict("run/artifacts/model.onnx", np.load("images.npy"))
     assert {*of_file.outputs} == {"sure", "boxes", "classes"}
     torch.testing.assert_close(of_file.answers, of_run.answers, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.recipe
+def test_mixed_bits_of_the_detector_are_chosen_by_all_its_outputs(folder, boxes):
+    x, y = batch(boxes, 300)
+    quick = {"batch_size": 16, "optimizer": "adamw", "lr": 0.003}
+    data = (x.numpy(), y.numpy())
+    trained = fedpress.train(boxes.Detector(8), data=data, task=BOXES, epochs=15, **quick)
+    values = sum(p.numel() for p in trained.model.parameters())
+    # On average 4 bits and the scales.
+    most = {"mixed": [2, 3, 4, 8], "max_bytes": values // 2 + 4 * 8 * 6}
+    made = fedpress.quantize(trained, data=data, **most)
+    bits = {name: layer.scheme.weights.bits for name, layer in quantized_layers(made.model)}
+    assert len(set(bits.values())) > 1
+    assert made.after["found"] > made.before["found"] - 0.05
+    # Inputs alone: the saved model says what its outputs mean.
+    alone = fedpress.quantize(trained, data=x.numpy(), **most)
+    assert {layer.scheme.weights.bits for _, layer in quantized_layers(alone.model)} > {8}
+
+
+def test_a_soft_loss_of_the_user_s_own_chooses_the_mixed_bits(boxes):
+    class Sure(boxes.Boxes):
+        """A task in which only one of three outputs matters."""
+
+        def soft_loss(self, outputs, teacher, temperature):
+            return (outputs["sure"] - teacher["sure"]).abs().mean() + 3
+
+    x, _ = batch(boxes)
+    model = boxes.Detector(4)
+    table, _ = quantizable(model, QuantizationScheme(weights=WeightQuantization()))
+    with torch.no_grad():
+        found = measure_choices(model, table, (2, 8), [x], Sure(("target",)))
+    assert found["sure"][0].divergence > found["sure"][1].divergence > 0
+    assert found["body.3"][0].divergence > 0
+    assert [choice.divergence for choice in found["boxes"]] == [0, 0]
+
+
+def test_a_soft_loss_that_fails_is_named_before_the_run(boxes):
+    class Wrong(boxes.Boxes):
+        def soft_loss(self, outputs, teacher, temperature):
+            return outputs["sures"]
+
+    x, _ = batch(boxes)
+    with pytest.raises(ModelError, match=r"model: gives outputs on which .*Wrong fails: 'sures'; "):
+        measure_choices(boxes.Detector(4), {}, (2, 8), [x], Wrong(("target",)))
 
 
 def test_a_saved_model_names_its_task_which_is_refused_until_allowed(folder, boxes):

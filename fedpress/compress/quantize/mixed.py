@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fedpress.compress.quantize.rounding import best_scale
 from fedpress.core.inputs import Inputs, call
-from fedpress.errors import DataError, RecipeError
+from fedpress.core.outputs import as_float32, spreads
+from fedpress.errors import DataError, ModelError, RecipeError, first_line
 from fedpress.nn.quant_scheme import (
     QuantizationScheme,
     WeightQuantization,
@@ -23,6 +24,7 @@ from fedpress.nn.quant_scheme import (
 )
 from fedpress.nn.quantized import quantized_class, weight_keys
 from fedpress.nn.resize import get_tensor
+from fedpress.tasks import Classification, Regression, Task
 
 CELLS = 4096
 """Largest number of steps that divide the budget; steps of one byte would make the search slow."""
@@ -35,8 +37,8 @@ class BitChoice:
     Attributes:
         bits: bits of each weight.
         size: bytes of the layer's codes and scales.
-        divergence: mean KL divergence of the model's outputs, in nats, if only this layer is
-            quantized.
+        divergence: how far the model's outputs move if only this layer is quantized (see
+            `Task.divergence`); for a classifier the mean KL divergence, in nats.
     """
 
     bits: int
@@ -65,22 +67,27 @@ def measure_choices(
     table: Mapping[str, QuantizationScheme],
     bits: Sequence[int],
     batches: Sequence[Inputs],
+    task: Task | None = None,
 ) -> dict[str, list[BitChoice]]:
     """Quantizes one layer at a time to each number of bits, and measures how the outputs change.
 
-    The change is the mean Kullback-Leibler divergence, in nats, from the class probabilities of the
-    float model to those of the quantized model. It needs no labels. `choose_bits` adds the
-    divergences of single layers: as long as they are small, their sum is nearly that of all layers
-    together.
+    The change is `task.divergence` from the outputs of the float model to those of the quantized
+    model: for a classifier the mean Kullback-Leibler divergence of the class probabilities, in
+    nats; for numbers the squared difference as a share of their variance. It needs no labels.
+    `choose_bits` adds the divergences of single layers: as long as they are small, their sum is
+    nearly that of all layers together.
 
     Args:
-        model: a classifier that returns logits [n, classes]; its weights are restored.
+        model: any network; its weights are restored.
         table: name of each layer -> its scheme, of the kind "int"; the bits in it are ignored.
         bits: the numbers of bits to choose from, 2 to 8 each.
         batches: public inputs [n, ...].
+        task: what the outputs mean. None: one tensor [n, classes, ...] of two or more classes is of
+            a classifier, and all else are numbers.
 
     Raises:
         DataError: if there are no batches.
+        ModelError: if the outputs of the float model cannot be compared: NaN, infinity, integers.
         RecipeError: if a scheme is not of the kind "int".
     """
     if not batches:
@@ -93,8 +100,7 @@ def measure_choices(
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        # Log probabilities of the float model, the reference.
-        wanted = [call(model, x).float().log_softmax(1) for x in batches]
+        reference = _Reference(model, batches, task)
         found: dict[str, list[BitChoice]] = {}
         for name, scheme in table.items():
             if scheme.weights is None or scheme.weights.kind != "int":
@@ -109,7 +115,7 @@ def measure_choices(
             for each in sorted(set(bits)):
                 quantization = scheme.weights.model_copy(update={"bits": each})
                 with _rounded_weights(layer, quantization):
-                    divergence = _divergence(model, batches, wanted)
+                    divergence = reference.divergence(model)
                 found[name].append(BitChoice(each, layer_bytes(layer, quantization), divergence))
     finally:
         for module, mode in modes.items():
@@ -148,21 +154,49 @@ def _rounded(layer: nn.Module, weight: Tensor, quantization: WeightQuantization)
     return cast(Tensor, quantized.unrows(layer, fake_quantize(rows, scale, quantization)))
 
 
-def _divergence(model: nn.Module, batches: Sequence[Inputs], wanted: Sequence[Tensor]) -> float:
-    """Returns the mean KL divergence, in nats, from `wanted` to the model's present outputs.
+class _Reference:
+    """The outputs of the float model on some batches, with which those of others are compared."""
 
-    Args:
-        model: the model with one layer quantized.
-        batches: inputs.
-        wanted: log probabilities of the float model for each batch.
-    """
-    total = 0.0
-    count = 0
-    for x, log_p in zip(batches, wanted, strict=True):
-        log_q = call(model, x).float().log_softmax(1)
-        total += float((log_p.exp() * (log_p - log_q)).sum())
-        count += len(x)
-    return max(total / count, 0.0)  # rounding may make it slightly negative
+    def __init__(self, model: nn.Module, batches: Sequence[Inputs], task: Task | None) -> None:
+        self.batches = batches
+        self.outputs = [as_float32(call(model, x)) for x in batches]
+        self.task = task if task is not None else _task_of(self.outputs[0])
+        self.spreads = spreads(self.outputs)
+        try:
+            comparable = math.isfinite(self.divergence(model))
+        except Exception as error:  # a soft loss of the user's own may raise anything
+            raise _not_comparable(
+                f"on which {self.task.kind} fails: {first_line(error)}"
+            ) from error
+        if not comparable:
+            raise _not_comparable("which are NaN or infinite")
+
+    def divergence(self, model: nn.Module) -> float:
+        """Returns the mean divergence of the model's present outputs; infinite if they are NaN."""
+        total = 0.0
+        count = 0
+        for x, wanted in zip(self.batches, self.outputs, strict=True):
+            outputs = as_float32(call(model, x))
+            total += float(self.task.divergence(outputs, wanted, self.spreads)) * len(x)
+            count += len(x)
+        if math.isnan(total):
+            return math.inf
+        return max(total / count, 0.0)  # rounding may make it slightly negative
+
+
+def _not_comparable(why: str) -> ModelError:
+    return ModelError(
+        f"gives outputs {why}; so they cannot be compared to choose the bits of each layer",
+        place="model",
+        cure="give all layers the same number of bits: leave mixed and max_bytes out",
+    )
+
+
+def _task_of(outputs: object) -> Task:
+    """Returns a task for outputs of which nothing is known."""
+    if isinstance(outputs, Tensor) and outputs.dim() > 1 and outputs.shape[1] > 1:
+        return Classification(())
+    return Regression(())
 
 
 def choose_bits(choices: Mapping[str, Sequence[BitChoice]], max_bytes: int) -> dict[str, int]:
