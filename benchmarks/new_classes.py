@@ -1,13 +1,14 @@
 """What a federation is worth where only the clients know some classes, by epsilon and trust.
 
-    fedpress run cifar10-new-classes seed=0 --out runs/new-0    # and 1 and 2
-    python benchmarks/new_classes.py runs/new-0 runs/new-1 runs/new-2 --data DIR --out DIR
-    python benchmarks/new_classes.py runs/new-0 --data DIR --out DIR --choose
+    fedpress run cifar10-new-classes --out runs/new
+    python benchmarks/new_classes.py runs/new --data DIR --out DIR --choose
+    python benchmarks/new_classes.py runs/new --data DIR --out DIR --seeds 0 1 2
 
-In the recipe `cifar10-new-classes` the public images show no cat and no truck. Each run gives the
+In the recipe `cifar10-new-classes` the public images show no cat and no truck. The run gives the
 network before its federation, whose features of all images are computed once. From then on only
 the head learns, by the clients' own steps or by joint noised steps, so that an arm takes seconds:
-the numbers are those of a federate stage with `trainable = ["head.*"]`.
+the numbers are those of a federate stage with `trainable = ["head.*"]`. The seeds are those of the
+federation: its batches and its noise. Which images are whose, and the network before, are the run's.
 
 Features are centred and scaled with the public ones, which is folded into the head, so that one
 clip norm fits all. Learning rates were chosen on public images alone (`--choose`): their classes
@@ -40,11 +41,12 @@ NEW = (3, 9)  # cat and truck
 STAND_IN = (5, 1)  # dog and automobile, for the choice of learning rates
 JOINT = {"uplink": [{"kind": "rotate"}, {"kind": "discretize", "bits": 18}]}
 ARMS: dict[str, dict[str, Any]] = {
-    "none": {"num_rounds": 20, "epochs": 5, "batch_size": 60, "lr": 10.0},
-    "local": {"num_rounds": 10, "batch_size": 300, "lr": 3.0},
-    "secure": {"num_rounds": 20, "batch_size": 300, "lr": 3.0, **JOINT},
-    "central": {"num_rounds": 20, "batch_size": 300, "lr": 3.0},
+    "none": {"num_rounds": 20, "epochs": 5, "batch_size": 60},
+    "local": {"num_rounds": 20, "batch_size": 300},
+    "secure": {"num_rounds": 60, "batch_size": 300, **JOINT},
+    "central": {"num_rounds": 60, "batch_size": 300},
 }
+RATES = {None: 10.0, 8.0: 30.0, 2.0: 10.0, 0.5: 10.0}  # epsilon -> learning rate
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def taught(
     head: nn.Linear, data: FederatedData, arm: str, epsilon: float | None, seed: int, **more: Any
 ) -> Any:
     """Returns the result of one federation of the head."""
-    how = ARMS[arm] | more
+    how = {"lr": RATES.get(epsilon, 10.0)} | ARMS[arm] | more
     if epsilon is not None:
         how["privacy"] = {
             "unit": "sample", "trust": arm, "epsilon": epsilon, "delta": 1e-5, "clip_norm": 1.0,
@@ -174,10 +176,9 @@ def by_class(model: nn.Module, test: Arrays) -> dict[str, float]:
 
 
 def rows(
-    run: Path, images: FederatedData, cache: Path, seed: int, epsilons: list[float]
+    known: Trunk, images: FederatedData, seed: int, epsilons: list[float]
 ) -> Iterator[dict[str, Any]]:
-    """Yields one row for each arm of one run."""
-    known = trunk(run, images, cache)
+    """Yields one row for each arm of one seed."""
     data = federated(known)
     yield {"arm": "before", "epsilon": None, "seed": seed, **by_class(known.head(), data.test)}
     for arm in ARMS:
@@ -228,11 +229,8 @@ def table(found: list[dict[str, Any]], columns: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def choose(
-    run: Path, images: FederatedData, cache: Path, epsilons: list[float], rates: list[float]
-) -> None:
+def choose(known: Trunk, epsilons: list[float], rates: list[float]) -> None:
     """Prints the accuracy on public validation images for each learning rate."""
-    known = trunk(run, images, cache)
     data = stand_in(known, 0)
     head = without(known.head(), data.public)
     for arm in ARMS:
@@ -253,26 +251,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders of cifar10-new-classes")
+    parser.add_argument("run", type=Path, help="run folder of cifar10-new-classes")
     parser.add_argument("--data", required=True, type=Path, help="folder of CIFAR-10")
     parser.add_argument("--out", required=True, type=Path, help="folder for the features")
     parser.add_argument("--epsilon", type=float, nargs="+", default=[8.0, 2.0, 0.5])
     parser.add_argument("--choose", action="store_true", help="try learning rates on public images")
     parser.add_argument("--lr", type=float, nargs="+", default=[0.3, 1.0, 3.0, 10.0, 30.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
+    text = (given.run / "recipe.toml").read_text("utf-8")
+    settings = recipes.load(text, [f"data.path={json.dumps(str(given.data))}"])
+    images = load(settings.data, settings.seed)
+    known = trunk(given.run, images, given.out)
+    if given.choose:
+        choose(known, given.epsilon, given.lr)
+        return
     found = []
-    for run in given.runs:
-        text = (run / "recipe.toml").read_text("utf-8")
-        settings = recipes.load(text, [f"data.path={json.dumps(str(given.data))}"])
-        images = load(settings.data, settings.seed)
-        if given.choose:
-            choose(run, images, given.out, given.epsilon, given.lr)
-            continue
-        for row in rows(run, images, given.out, settings.seed, given.epsilon):
+    for seed in given.seeds:
+        for row in rows(known, images, seed, given.epsilon):
             print(json.dumps(row), flush=True)
             found.append(row)
-    if found:
-        print(table(found, ("accuracy", "new", "old", "int8", "up", "down")))
+    print(table(found, ("accuracy", "new", "old", "int8", "up", "down")))
 
 
 if __name__ == "__main__":

@@ -115,13 +115,15 @@ class StreamedColumns:
     def _rows_at(self, rows: Tensor) -> Any:
         """Returns a `pyarrow.Table` of the rows at some positions, in the order of the files."""
         wanted = np.sort(rows.numpy())
-        parts = []
+        # Without rows the table still has its columns.
+        parts = [self.files.first().select(self.names).slice(0, 0)]
         for first, batch in self._batches():
-            here = wanted[
-                np.searchsorted(wanted, first) : np.searchsorted(wanted, first + len(batch))
-            ]
-            parts.append(batch.take(pa.array(here - first)))
-        return pa.concat_tables(parts, promote_options="permissive")
+            ends = np.searchsorted(wanted, [first, first + len(batch)])
+            here = wanted[slice(*ends)] - first
+            # Hundreds of empty columns for each of thousands of batches would fill the memory.
+            if len(here):
+                parts.append(batch.take(pa.array(here)))
+        return pa.concat_tables(parts, promote_options="permissive").combine_chunks()
 
     def _left_out(self, shown: Any) -> Tensor:
         """Returns which rows are dropped, bool [n]; a pass of its own only where rows may be."""
