@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils._pytree import tree_leaves, tree_structure
 
 from fedpress.deploy.artifact import Job
 from fedpress.deploy.capture import capture, silence
+from fedpress.deploy.outputs import NamedOutputs
 from fedpress.deploy.qdq import IntegerFormat, quantized_program
-from fedpress.errors import ExportError
 from fedpress.nn.quantized import quantized_layers
 
 aten = torch.ops.aten
@@ -35,6 +37,7 @@ class DeviceGraph:
         integer: whether activations are quantized, with ranges from calibration batches.
         rounds: whether any activation is rounded. This can be so without calibration, if layers of
             the model have quantized inputs.
+        outputs: names and structure of the model's outputs. The graph returns a tuple of them.
     """
 
     graph: fx.GraphModule
@@ -42,6 +45,7 @@ class DeviceGraph:
     rounded: torch.export.ExportedProgram | None = None
     integer: bool = False
     rounds: bool = False
+    outputs: NamedOutputs = field(default_factory=NamedOutputs)
 
     def program(self, input_shape: tuple[int, ...]) -> torch.export.ExportedProgram:
         """Returns the graph for one example of `input_shape`."""
@@ -63,9 +67,10 @@ def device_graph(
 
     Raises:
         ExportError: if the model cannot be captured, takes anything but one float32 tensor, or
-            returns more than one tensor; or if a calibration batch does not fit or is not finite.
+            returns no tensor; or if a calibration batch does not fit or is not finite.
     """
     shape = job.one_shape(format)
+    outputs = NamedOutputs.of_model(model, shape)
     if job.batches or any(True for _ in quantized_layers(model)):
         made = quantized_program(
             model,
@@ -86,16 +91,23 @@ def device_graph(
             plain = capture(model, shape).module(check_guards=False)
         assert isinstance(plain, fx.GraphModule)
         found = DeviceGraph(plain)
-    outputs = next(len(n.all_input_nodes) for n in found.graph.graph.nodes if n.op == "output")
-    # Sessions of these formats return one array (see `open_executorch`).
-    if outputs != 1:
-        raise ExportError(
-            f"the model returns {outputs} tensors",
-            place="model",
-            cure="its forward must return the logits alone",
-        )
+    found.outputs = outputs
+    _return_tensors_alone_(found.graph)
     _keep_spatial_means_(found.graph)
     return found
+
+
+def _return_tensors_alone_(graph: fx.GraphModule) -> None:
+    """Makes the graph return its tensors in a tuple; a None is left out, which runtimes lack."""
+    output = graph.graph.output_node()
+    tensors = tuple(node for node in tree_leaves(output.args[0]) if isinstance(node, fx.Node))
+    # One tensor is returned as it is.
+    output.args = (tensors if len(tensors) > 1 else tensors[0],)
+    codegen = graph.graph._codegen
+    if isinstance(codegen, _PyTreeCodeGen):
+        form = tree_structure(tuple(tensors) if len(tensors) > 1 else 0)
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=form)
+    graph.recompile()
 
 
 def _keep_spatial_means_(graph: fx.GraphModule) -> None:

@@ -24,6 +24,7 @@ from fedpress.deploy.device import (
     first_line,
     make_float_,
 )
+from fedpress.deploy.outputs import NamedOutputs
 from fedpress.deploy.session import FileInput, Session
 from fedpress.errors import ExportError
 
@@ -62,7 +63,7 @@ def export_executorch(model: torch.nn.Module, path: str | Path, job: Job) -> Art
             name, "XNNPACK has no kernel for its weights without 8-bit inputs; stored as float"
         )
     dequantize_for_each_reader_(made.graph)
-    metadata = job.file_metadata()
+    metadata = job.file_metadata() | made.outputs.metadata()
     data, outside = _lower(made, job, metadata)
     _run_once(data, job.one_shape("ExecuTorch"))
     path = Path(path)
@@ -263,7 +264,19 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
     # The method reads the program's memory, so the function keeps a reference to the program.
     compute.program = program  # type: ignore[attr-defined]
     inputs = (FileInput("input", sizes, np.dtype(np.float32)),)
-    return Session(str(path), "ExecuTorch", inputs, ("logits",), compute, threads=threads)
+    metadata = {}
+    if METADATA in program.method_names:
+        metadata = json.loads(program.load_method(METADATA).execute([])[0])
+    outputs = NamedOutputs.of_file(metadata, method.metadata.num_outputs())
+    return Session(
+        str(path),
+        "ExecuTorch",
+        inputs,
+        outputs.names,
+        compute,
+        outputs.structure,
+        threads,
+    )
 
 
 def load_method(runtime: Any, path: str | Path, method: str) -> tuple[Any, Any]:

@@ -22,6 +22,7 @@ from fedpress.deploy.device import (
     first_line,
     make_float_,
 )
+from fedpress.deploy.outputs import NamedOutputs
 from fedpress.deploy.session import FileInput, Session
 from fedpress.errors import ExportError
 
@@ -81,7 +82,7 @@ def export_litert(model: nn.Module, path: str | Path, job: Job) -> Artifact:
         )
     for _, node in coded_weights(made.graph):
         _quantize_from_float_(made.graph, node)
-    metadata = job.file_metadata()
+    metadata = job.file_metadata() | made.outputs.metadata()
     data, float_operations = _compressed(_convert(made, job), metadata)
     if made.integer:
         for name in float_operations:
@@ -264,7 +265,7 @@ def open_litert(path: str | Path, threads: int = 0) -> Session:
             file = interpreter(str(path), num_threads=threads or os.cpu_count() or 1)
             file.allocate_tensors()
             takes = file.get_input_details()[0]
-            gives = file.get_output_details()[0]
+            gives = file.get_output_details()
         # A damaged file may also raise ValueError; one without inputs raises IndexError.
         except (RuntimeError, ValueError, IndexError) as error:
             raise ExportError(
@@ -292,7 +293,7 @@ def open_litert(path: str | Path, threads: int = 0) -> Session:
         try:
             file.set_tensor(takes["index"], _quantized(x, takes))
             file.invoke()
-            return [_dequantized(file.get_tensor(gives["index"]), gives)]
+            return [_dequantized(file.get_tensor(each["index"]), each) for each in gives]
         except (RuntimeError, ValueError) as error:
             raise ExportError(
                 f"LiteRT cannot run {path}: {first_line(error)}",
@@ -301,7 +302,8 @@ def open_litert(path: str | Path, threads: int = 0) -> Session:
             ) from error
 
     inputs = (FileInput("input", sizes, np.dtype(np.float32)),)
-    return Session(str(path), "LiteRT", inputs, ("logits",), compute, threads=threads)
+    outputs = NamedOutputs.of_file(read_metadata(path), len(gives))
+    return Session(str(path), "LiteRT", inputs, outputs.names, compute, outputs.structure, threads)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -12,26 +12,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedpress.core.inputs import arguments
 from fedpress.deploy.artifact import Artifact, Job, write
 from fedpress.deploy.capture import BATCH, capture, require, silence
 from fedpress.deploy.examples import (
     Structure,
-    as_device,
     example_of,
-    flatten,
     names_of,
     ordered,
-    take_rows,
 )
 from fedpress.deploy.onnx_integers import make_integer_
+from fedpress.deploy.outputs import OUTPUTS, outputs_of
 from fedpress.deploy.processor import options_for
 from fedpress.deploy.qdq import IntegerFormat, quantized_program
 from fedpress.deploy.raw_columns import RawColumns
 from fedpress.deploy.session import FileInput, Session
 from fedpress.errors import ExportError
 from fedpress.nn.quantized import quantized_layers
-from fedpress.nn.resize import copied
 
 # Version of the ONNX operations. Torch's exporter is written for this version, and runtimes of
 # recent years read it.
@@ -41,8 +37,6 @@ MAX_IR_VERSION = 13
 # Metadata key of files in which integer kernels read weights of more than 7 bits (see
 # `deploy.processor`).
 WIDE = "wide_weights"
-# Metadata key for the structure of several outputs, as JSON (`deploy.examples.Structure`).
-OUTPUTS = "outputs"
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,7 @@ def make_onnx(model: nn.Module, job: Job, *, fewest_bits: int = 2) -> OnnxModel:
             format=IntegerFormat(weight_bits=job.weight_bits, float_output=True),
         )
         left_float, program, rounds = rounded.left_float, rounded.program, rounded.rounds
-    structure, outputs = _outputs(model, job)
+    structure, outputs = outputs_of(model, job.input_spec)
     with silence():
         captured = program if program is not None else capture(model, job.input_spec)
         inputs = names_of(model, ordered(model, example_of(job.input_spec)))
@@ -205,29 +199,6 @@ def _dtype(type: str) -> np.dtype[Any]:
     name = type.removeprefix("tensor(").removesuffix(")")
     of_numpy = {"float": "float32", "double": "float64", "string": "object"}
     return np.dtype(of_numpy.get(name, name))
-
-
-def _outputs(model: nn.Module, job: Job) -> tuple[Structure, list[str]]:
-    """Runs the model once and returns the structure of its outputs, and a name for each tensor.
-
-    A tensor that is returned twice becomes two outputs of the file.
-    """
-    runs = copied(model).to("cpu", torch.float32).eval()
-    args, named = arguments(take_rows(as_device(example_of(job.input_spec)), 2))
-    try:
-        with torch.no_grad():
-            found = runs(*args, **named)
-    # The model fails. The capture, which comes next, reports that with a cure.
-    except Exception:
-        return 0, ["logits"]
-    structure, _, names = flatten(found)
-    if not names:
-        raise ExportError(
-            "the model returns no tensor",
-            place="model",
-            cure="make its forward return what a device should know",
-        )
-    return structure, names
 
 
 def _unique_names(inputs: list[str], outputs: list[str]) -> list[str]:

@@ -15,7 +15,8 @@ from fedpress.deploy.artifact import Artifact, Job, write
 from fedpress.deploy.capture import BATCH, extra, require, silence
 from fedpress.deploy.device import first_line
 from fedpress.deploy.examples import Structure
-from fedpress.deploy.onnx import OUTPUTS, WIDE, make_onnx
+from fedpress.deploy.onnx import WIDE, make_onnx
+from fedpress.deploy.outputs import OUTPUTS
 from fedpress.deploy.processor import options_for
 from fedpress.deploy.session import FileInput, Session
 from fedpress.errors import ExportError
