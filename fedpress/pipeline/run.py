@@ -23,6 +23,7 @@ from fedpress.privacy.ledger import Ledger
 from fedpress.stages import inputs
 from fedpress.stages.base import Stage
 from fedpress.transport.engine import engine_settings, open_engine
+from fedpress.workspace import fingerprint
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.stage_folder import Done, StageFolder
 from fedpress.workspace.state import (
@@ -88,6 +89,7 @@ def _stages(
     results: list[dict[str, Any]] = []
     keys = stage_keys(recipe, folder.streams)
     _check_streams(recipe, folder, keys)
+    same_data = reuse is None or not fingerprint.differ(folder.path, reuse.path)
     for index, (stage, key) in enumerate(zip(recipe.stage, keys, strict=True)):
         place = folder.stage(index, stage.kind, stage.name)
         # The key is a hash of data, model, seed and all stages up to this one. Equal keys mean
@@ -96,7 +98,7 @@ def _stages(
         if done is not None:
             log.info("stage %s is finished already", stage.name)
         elif reuse is not None:
-            done = place.adopt(reuse.path, key, records=records)
+            done = place.adopt(reuse.path, key, records=records, same_data=same_data)
             if done is not None:
                 log.info("stage %s is taken over from %s", stage.name, reuse.path)
         if done is not None:

@@ -83,6 +83,24 @@ def compare(run: Path, now: Seen | None, settings: DataSettings | None) -> list[
     return _compare_files(before.get("files", {}), now, settings)
 
 
+def differ(run: Path, other: Path) -> bool:
+    """Returns whether two runs are known to have begun with different data.
+
+    Runs of an older fedpress or of another user cannot be compared. Files are compared by their
+    content, so that they may have moved.
+    """
+    if not ((run / NAME).exists() and (other / NAME).exists()):
+        return False
+    one, two = (read_json(place / NAME, cure=CURES[NAME]) for place in (run, other))
+    if one.get("key") != two.get("key"):
+        return False
+    if "files" in one and "files" in two:
+        contents = [sorted(f["content"] for f in each["files"].values()) for each in (one, two)]
+        return contents[0] != contents[1]
+    shared = one.get("examples", {}).keys() & two.get("examples", {}).keys()
+    return any(one["examples"][part] != two["examples"][part] for part in shared)
+
+
 def note(run: Path, now: Seen | None) -> None:
     """Writes `data.json` into the folder of a new run."""
     if now is not None:

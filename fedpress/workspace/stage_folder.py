@@ -226,19 +226,21 @@ class StageFolder:
         """Loads the model of the finished stage."""
         return load_model(self.path)
 
-    def adopt(self, other: Path, key: str, *, records: int) -> Done | None:
+    def adopt(self, other: Path, key: str, *, records: int, same_data: bool = True) -> Done | None:
         """Copies this stage from another run, if it is finished there and has the same `key`.
 
         Args:
             other: folder of the other run; it is not changed.
             key: hash of everything that the result depends on.
             records: number of records of earlier stages in this run.
+            same_data: whether both runs began with the same data; `key` knows their settings only.
 
         Returns:
             The copied result; None if the other run has no finished stage with this key.
 
         Raises:
-            RunError: if a file of the other stage is damaged, or is outside of the other run.
+            RunError: if the other run began with other data, or a file of its stage is damaged or
+                outside of its folder.
         """
         theirs = StageFolder(
             other, other / "stages" / self.path.name, self.index, self.kind, self.name
@@ -246,6 +248,12 @@ class StageFolder:
         done = theirs.finished(key)
         if done is None:
             return None
+        if not same_data:
+            raise RunError(
+                "its data have other content than those of this run",
+                place=f"'{other}'",
+                cure="give the data that it began with, or do not take stages over from it",
+            )
         cure = f"delete '{theirs._result}'; then this run does the stage itself"
         # The files in the stage's folder are checked before anything is copied. The exported model
         # is checked below.

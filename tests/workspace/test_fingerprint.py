@@ -177,3 +177,24 @@ def test_arrays_in_memory_that_changed_are_found_too(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="data: the examples of the clients are others than when"):
         list(fedpress.Run.resume("run", data=data(changed)).events())
     list(fedpress.Run.resume("run", data=data(parts[0])).events())
+
+
+@pytest.mark.recipe
+def test_no_stage_is_taken_over_from_a_run_with_other_data(files, tmp_path):
+    recipe = tmp_path / "x.toml"
+    first = fedpress.run(recipe, out=tmp_path / "one", progress=False)
+    again = fedpress.run(recipe, out=tmp_path / "two", reuse=tmp_path / "one", progress=False)
+    assert again.result["stages"] == first.result["stages"]
+    # The same files in another folder are the same data.
+    (tmp_path / "moved").mkdir()
+    for file in files.iterdir():
+        (tmp_path / "moved" / file.name).write_bytes(file.read_bytes())
+    moved = {"data": tmp_path / "moved", "out": tmp_path / "three", "progress": False}
+    fedpress.run(recipe, reuse=tmp_path / "one", **moved)
+    (files / "b.csv").write_text(table(7))
+    with pytest.raises(RunError) as caught:
+        fedpress.run(recipe, out=tmp_path / "four", reuse=tmp_path / "one", progress=False)
+    assert str(caught.value) == (
+        f"'{tmp_path / 'one'}': its data have other content than those of this run; give the data "
+        "that it began with, or do not take stages over from it"
+    )
