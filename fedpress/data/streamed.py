@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -157,36 +158,58 @@ class OnDisk(InputRows):
             where[rows] = torch.arange(total, total + len(rows))
             total += len(rows)
         assert isinstance(self.x, Tensor), "the features of a table are one tensor"
-        x = _mapped(total, self.x.shape[1])
         progress = self.columns.progress
-        for first, found in self.columns.encoded(self.shown):
-            assert isinstance(found.x, Tensor), "the features of a table are one tensor"
-            at = where[first : first + len(found.x)]
-            x[at[at >= 0]] = found.x[at >= 0]
-            if progress:
-                progress("converting rows", first + len(found.x), len(where))
-        return {name: x[start : start + len(parts[name])] for name, start in starts.items()}
+        with _room(total * self.x.shape[1] * 4) as file:
+            for first, found in self.columns.encoded(self.shown):
+                assert isinstance(found.x, Tensor), "the features of a table are one tensor"
+                at = where[first : first + len(found.x)]
+                _write(file, found.x[at >= 0], at[at >= 0])
+                if progress:
+                    progress("converting rows", first + len(found.x), len(where))
+            x = _mapped(file, total, self.x.shape[1])
+            return {name: x[start : start + len(parts[name])] for name, start in starts.items()}
 
 
-def _mapped(rows: int, width: int) -> Tensor:
-    """Returns float32 [rows, width] in a mapped file in the cache folder.
+@contextmanager
+def _room(size: int) -> Iterator[Any]:
+    """Opens a file without a name in the cache folder, with room for `size` bytes.
 
     Raises:
         DataError: if there is no room for it.
     """
     folder = cache.folder()
-    size = rows * width * 4
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
             # Reserved now: a full disk would end the process later, in the middle of a write.
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
-            if not size:
-                return torch.zeros((rows, width))
-            return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(rows, width)))
-    except OSError as error:
-        raise DataError(
-            f"no room for {size / 1e9:.1f} GB of inputs ({error.strerror})",
-            place=f"'{folder}'",
-            cure="make room there, or name another folder in the environment variable FEDPRESS_CACHE",
-        ) from error
+        except OSError as error:
+            raise DataError(
+                f"no room for {size / 1e9:.1f} GB of inputs ({error.strerror})",
+                place=f"'{folder}'",
+                cure="make room there, or name another folder in the environment variable "
+                "FEDPRESS_CACHE",
+            ) from error
+        yield file
+
+
+def _write(file: Any, x: Tensor, rows: Tensor) -> None:
+    """Writes `x` [n, d] to the rows of a file that `rows` int64 [n] names.
+
+    Rows that follow each other are written at once. They are not written through a mapping: where
+    memory is short, the system would have to clean each of its pages first.
+    """
+    order = rows.argsort()
+    x, rows = x[order].contiguous(), rows[order]
+    ends = torch.nonzero(rows.diff() != 1).flatten() + 1
+    for part, at in zip(x.tensor_split(ends), rows.tensor_split(ends), strict=True):
+        if len(part):
+            os.pwrite(file.fileno(), part.numpy().data, int(at[0]) * x.shape[1] * 4)
+
+
+def _mapped(file: Any, rows: int, width: int) -> Tensor:
+    """Returns float32 [rows, width], which lies in the file; it lives on without the file's name."""
+    if not rows * width:
+        return torch.zeros((rows, width))
+    return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(rows, width)))
