@@ -52,10 +52,9 @@ def hospitals(folder: Path) -> None:
         write_table(folder / f"processed.{hospital}.data", columns)
 
 
-def banks(folder: Path) -> None:
+def banks(folder: Path, n: int = 900) -> None:
     """Writes customers of whom those with delays default."""
     chance = np.random.default_rng(1)
-    n = 900
     delay = chance.integers(-2, 4, n)
     columns: dict[str, list[object]] = {
         "ID": list(range(n)),
@@ -74,6 +73,11 @@ def banks(folder: Path) -> None:
         ((delay > 1) | (chance.random(n) < 0.1)).astype(int).tolist()
     )
     write_table(folder / "UCI_Credit_Card.csv", columns)
+
+
+def branches(folder: Path) -> None:
+    """Writes enough customers for sixty branches."""
+    banks(folder, 4000)
 
 
 def people(folder: Path) -> None:
@@ -159,6 +163,11 @@ FIELDS = {
         5,
     ),
     "finance/credit": (banks, ["stage.federate.num_rounds=2"], 6),
+    "finance/new-branches": (
+        branches,
+        ["stage.federate.num_rounds=2", "stage.federate.batch_size=16", "stage.train.epochs=1"],
+        50,
+    ),
     "sensors/activity": (people, ["stage.federate.num_rounds=2", "stage.volunteers.epochs=1"], 14),
     "city/air": (stations, ["stage.federate.num_rounds=2"], 12),
     "keyboard/roles": (

@@ -34,6 +34,7 @@ RIGHT = {
     "trial": False,
     "terms": "00ff",
     "rule": "max_epsilon",
+    "epsilon": 8.0,
 }
 WRONG = {
     "a whole number": [
