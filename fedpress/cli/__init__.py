@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -140,8 +141,13 @@ def check(
     terminal.show_inputs(out_stream, loaded, private=wanted.private)
     if elsewhere:
         _name_columns(wanted, loaded, out_stream)
-    start = f"fedpress server {recipe} --public {public}" if elsewhere else f"fedpress run {recipe}"
-    said = f"everything fits together; start it with: {start}"
+    # The whole command: without the same data and settings another run would begin.
+    parts = ["fedpress", "server" if elsewhere else "run", recipe, *(overrides or [])]
+    # A server has no clients' data.
+    rows = None if elsewhere else data
+    for flag, value in (("--data", rows), ("--public", public), ("--device", device)):
+        parts += [flag, str(value)] if value is not None else []
+    said = f"everything fits together; start it with: {shlex.join(parts)}"
     out_stream.print(said, markup=False, soft_wrap=True)
 
 

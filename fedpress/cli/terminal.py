@@ -344,7 +344,8 @@ def show_check(
     # `escape` and `markup=False`: rich would read a name in brackets as a style.
     out.print(f"[bold]{escape(title)}[/]")
     counts = [f"{data[part]:,} {part}" for part in ("private", "public", "validation", "test")]
-    examples = f"{_shape(data['shape'])}, {len(data['classes'])} classes"
+    classes = f", {len(data['classes'])} classes" if data["classes"] else ""
+    examples = f"{_shape(data['shape'])}{classes}"
     out.print(
         f"data: {len(data['clients'])} clients; {', '.join(counts)}; {examples}", markup=False
     )

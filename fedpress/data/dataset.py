@@ -158,7 +158,13 @@ class FederatedData:
         sentence = ""
         if counts:
             numbers = ", ".join(f"{count:,} of the {part}" for part, count in counts.items())
-            sentence = f"rows of an unknown class or word are left out: {numbers}"
+            # A forecast has no classes: its rows without a target are left out.
+            what = (
+                "of an unknown class or word"
+                if self.class_names
+                else "without a target or of an unknown word"
+            )
+            sentence = f"rows {what} are left out: {numbers}"
         # Without other rows there is nothing to say that depends on the data.
         if sentence and private and "clients" in self.left_out:
             sentence += "; how many of the clients' rows are among them is private"

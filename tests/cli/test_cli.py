@@ -279,6 +279,8 @@ def test_a_check_is_told_to_people_and_to_programs(shell, tiny_file):
     assert said.code == 0
     assert "data: 3 clients; 180 private" in said.out
     assert "everything fits together; start it with: fedpress run" in said.out
+    said = shell("check", tiny_file, "stage.train.epochs=2", "--device", "cpu")
+    assert f"start it with: fedpress run {tiny_file} stage.train.epochs=2 --device cpu" in said.out
     page = json.loads(shell("check", tiny_file, "--json").out)
     assert page["data"]["private"] == 180
     assert [stage["name"] for stage in page["stages"]] == ["train", "prune", "federate"]
