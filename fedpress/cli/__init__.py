@@ -9,6 +9,7 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -141,14 +142,21 @@ def check(
     terminal.show_inputs(out_stream, loaded, private=wanted.private)
     if elsewhere:
         _name_columns(wanted, loaded, out_stream)
-    # The whole command: without the same data and settings another run would begin.
-    parts = ["fedpress", "server" if elsewhere else "run", recipe, *(overrides or [])]
     # A server has no clients' data.
-    rows = None if elsewhere else data
-    for flag, value in (("--data", rows), ("--public", public), ("--device", device)):
-        parts += [flag, str(value)] if value is not None else []
-    said = f"everything fits together; start it with: {shlex.join(parts)}"
+    flags = {"--data": None if elsewhere else data, "--public": public, "--device": device}
+    start = _command("server" if elsewhere else "run", recipe, overrides, flags)
+    said = f"everything fits together; start it with: {start}"
     out_stream.print(said, markup=False, soft_wrap=True)
+
+
+def _command(
+    name: str, recipe: str, overrides: Sequence[str] | None, flags: Mapping[str, object]
+) -> str:
+    """Returns a whole command: without the same data and settings another run would begin."""
+    parts = ["fedpress", name, recipe, *(overrides or [])]
+    for flag, value in flags.items():
+        parts += [flag, str(value)] if value is not None else []
+    return shlex.join(parts)
 
 
 def _name_columns(recipe: Recipe, data: FederatedData, out_stream: Console) -> None:
