@@ -9,7 +9,6 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -142,19 +141,19 @@ def check(
     terminal.show_inputs(out_stream, loaded, private=wanted.private)
     if elsewhere:
         _name_columns(wanted, loaded, out_stream)
-    # A server has no clients' data.
-    flags = {"--data": None if elsewhere else data, "--public": public, "--device": device}
-    start = _command("server" if elsewhere else "run", recipe, overrides, flags)
+    start = _start(recipe, overrides, data, public, device)
     said = f"everything fits together; start it with: {start}"
     out_stream.print(said, markup=False, soft_wrap=True)
 
 
-def _command(
-    name: str, recipe: str, overrides: Sequence[str] | None, flags: Mapping[str, object]
+def _start(
+    recipe: str, overrides: Overrides, data: Path | None, public: Path | None, device: Device
 ) -> str:
-    """Returns a whole command: without the same data and settings another run would begin."""
+    """Returns the whole command of a run: without the same data another one would begin."""
+    # A server has no clients' data.
+    name, rows = ("run", data) if public is None else ("server", None)
     parts = ["fedpress", name, recipe, *(overrides or [])]
-    for flag, value in flags.items():
+    for flag, value in (("--data", rows), ("--public", public), ("--device", device)):
         parts += [flag, str(value)] if value is not None else []
     return shlex.join(parts)
 
