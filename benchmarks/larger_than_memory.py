@@ -81,10 +81,11 @@ def limited(gigabytes: float) -> tuple[Callable[[], None], Callable[[], int]]:
     )
     group.mkdir()
     (group / key).write_text(size)
-    return (
-        lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None,  # type: ignore[func-returns-value]
-        lambda: int((group / peak).read_text()),
-    )
+
+    def enter() -> None:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    return enter, lambda: int((group / peak).read_text())
 
 
 def main() -> None:

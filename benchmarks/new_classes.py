@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from trust import Features
 
 import fedpress
 from fedpress.core.examples import Arrays, Preprocess
@@ -83,14 +84,6 @@ class Trunk:
         return model
 
 
-@torch.inference_mode()
-def features(model: nn.Module, x: Tensor, preprocess: Preprocess) -> Tensor:
-    """Maps raw images [n, 3, 32, 32] to features [n, d]."""
-    body = deepcopy(model).eval()
-    body.head = nn.Identity()
-    return torch.cat([body(preprocess(part)).float() for part in x.split(256)])
-
-
 def trunk(run: Path, images: FederatedData, cache: Path) -> Trunk:
     """Returns the network of a run before its federation; features are computed once."""
     model = fedpress.load(run / "stages" / "2-fine-tune")
@@ -98,10 +91,10 @@ def trunk(run: Path, images: FederatedData, cache: Path) -> Trunk:
     if not path.exists():
         parts = {f"client/{name}": arrays for name, arrays in images.clients.items()}
         parts |= {"public": images.public, "validation": images.validation, "test": images.test}
-        tensors = {}
+        tensors, network = {}, Features(deepcopy(model))
         for name, arrays in parts.items():
             print(f"features of {name}", file=sys.stderr, flush=True)
-            tensors[f"{name}/x"] = features(model, arrays.x, images.preprocess)
+            tensors[f"{name}/x"] = network.of(arrays.x, images.preprocess)
             tensors[f"{name}/y"] = arrays.y
         cache.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)

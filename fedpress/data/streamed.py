@@ -79,15 +79,17 @@ class StreamedColumns:
         left_out = self._left_out(shown)
         return OnDisk(learned.x, left_out, learned.preparation, columns=self, shown=shown)
 
-    def encoded(self, shown: Any) -> Iterator[tuple[int, InputRows]]:
-        """Yields the first row and the inputs of each batch.
+    def encoded(self, shown: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yields of each batch the first row, the inputs [m, d], and which rows are dropped [m].
 
         Args:
             shown: the public rows, a `pyarrow.Table`; they decide what the columns become.
         """
         for first, batch in self._batches():
             with placing(f"rows {first + 1:,} to {first + len(batch):,}"):
-                yield first, self._encoded(shown, batch)
+                found = self._encoded(shown, batch)
+            assert isinstance(found.x, Tensor), "the features of a table are one tensor"
+            yield first, found.x, found.left_out
 
     def _encoded(self, shown: Any, batch: Any) -> InputRows:
         """Returns the inputs of a batch, by the same code that reads a table in memory."""
@@ -130,7 +132,7 @@ class StreamedColumns:
         """Returns which rows are dropped, bool [n]; a pass of its own only where rows may be."""
         if "drop" not in (self.settings.missing, self.settings.unknown):
             return torch.zeros(self.rows, dtype=torch.bool)
-        return torch.cat([found.left_out for _, found in self.encoded(shown)])
+        return torch.cat([left_out for _, _, left_out in self.encoded(shown)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,12 +162,11 @@ class OnDisk(InputRows):
         assert isinstance(self.x, Tensor), "the features of a table are one tensor"
         progress = self.columns.progress
         with _room(total * self.x.shape[1] * 4) as file:
-            for first, found in self.columns.encoded(self.shown):
-                assert isinstance(found.x, Tensor), "the features of a table are one tensor"
-                at = where[first : first + len(found.x)]
-                _write(file, found.x[at >= 0], at[at >= 0])
+            for first, x, _ in self.columns.encoded(self.shown):
+                at = where[first : first + len(x)]
+                _write(file, x[at >= 0], at[at >= 0])
                 if progress:
-                    progress("converting rows", first + len(found.x), len(where))
+                    progress("converting rows", first + len(x), len(where))
             x = _mapped(file, total, self.x.shape[1])
             return {name: x[start : start + len(parts[name])] for name, start in starts.items()}
 
