@@ -10,7 +10,9 @@ with the same weights and are measured on the same test rows:
 - local: each client trains alone, for as many epochs as in the federation; the mean over clients
   (`--alone N`: over N of them);
 - pooled: all rows of the clients in one place, which nobody may do;
-- federated: the recipe's federate stage without privacy;
+- federated: the recipe's federate stage without privacy; where its noised step is one for all
+  clients in a round, `--plain num_rounds=40 lr=0.002` sets what this arm, local and pooled have
+  instead;
 - private: the federate stage as it is;
 - small: the whole recipe.
 
@@ -46,7 +48,7 @@ LOCAL = ("batch_size", "lr", "optimizer", "momentum", "betas", "weight_decay")
 
 
 def arms(
-    stages: Stages, data: FederatedData, alone: int | None
+    stages: Stages, data: FederatedData, alone: int | None, plain: Mapping[str, Any]
 ) -> Iterator[tuple[str, Stages, FederatedData]]:
     """Yields name, stages and data of each run; "local" comes once for each client.
 
@@ -54,8 +56,9 @@ def arms(
         stages: the federate stage and those after it.
         data: the clients and the public part.
         alone: number of clients that train alone, spread evenly over their list; None for all.
+        plain: keys of the federate stage in the arms without privacy, instead of the recipe's.
     """
-    federate = stages[0]
+    federate = {**stages[0], **plain}
     # A client that is in half of the cohorts trains in half of the rounds.
     share = federate.get("cohort", len(data.clients)) / len(data.clients)
     rounds = max(1, round(federate["num_rounds"] * share))
@@ -86,7 +89,11 @@ def results(
 
 
 def measured(
-    recipe: Mapping[str, Any], seed: int, wanted: list[str], alone: int | None
+    recipe: Mapping[str, Any],
+    seed: int,
+    wanted: list[str],
+    alone: int | None,
+    plain: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Yields a row for each arm: its name, and what the network is worth on the test rows."""
     recipe = {**recipe, "seed": seed}
@@ -101,7 +108,7 @@ def measured(
             lines = results({**recipe, "stage": stages[:at]}, data, folder / "public", code)
             yield {**row, "seconds": round(time.perf_counter() - begun, 1), **lines[-1]}
             recipe = {**recipe, "model": {"checkpoint": str(folder / "public")}}
-        for number, (arm, own, given) in enumerate(arms(stages[at:], data, alone)):
+        for number, (arm, own, given) in enumerate(arms(stages[at:], data, alone, plain)):
             if arm not in wanted:
                 continue
             begun = time.perf_counter()
@@ -142,6 +149,9 @@ def main() -> None:
     parser.add_argument("--metrics", nargs="+", default=["accuracy", "balanced_accuracy", "auc"])
     parser.add_argument("--arms", nargs="+", default=["local", "pooled", "federated", "private"])
     parser.add_argument("--alone", type=int, help="clients that train alone; all by default")
+    parser.add_argument(
+        "--plain", nargs="+", default=[], help="KEY=VALUE of the plain arms, as TOML"
+    )
     parser.add_argument("--log", type=Path, help="append each result to this file")
     given = parser.parse_args()
     sys.path.insert(0, str(given.recipe.parent))
@@ -150,9 +160,10 @@ def main() -> None:
     )
     recipe = tomllib.loads(given.recipe.read_text("utf-8"))
     recipe["data"]["path"] = str(given.data)
+    plain = tomllib.loads("\n".join(given.plain))
     rows = []
     for seed in given.seeds:
-        for row in measured(recipe, seed, given.arms, given.alone):
+        for row in measured(recipe, seed, given.arms, given.alone, plain):
             rows.append(row)
             print(
                 {key: row.get(key) for key in ("arm", "seed", "seconds", *given.metrics)},

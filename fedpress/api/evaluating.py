@@ -142,7 +142,7 @@ def _with_rows(loaded: FederatedData, table: Path, settings: DataSettings) -> Fe
             "that the run does not know",
             stacklevel=3,
         )
-    return replace(loaded, test=rows)
+    return replace(loaded, test=rows, test_owners=None, test_owner_names=())
 
 
 def _nothing_to_measure_on() -> DataError:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pydantic import JsonValue
+from torch import Tensor
 
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.inputs import (
@@ -54,6 +55,9 @@ class FederatedData:
         task: what is learned. By default a classification if there are class names or integer
             targets; else a regression of float targets in their own units.
         columns: what the columns of a table hold, if `load` was asked to describe them.
+        test_owners: int64 [n]: the natural client of each test example, as a position in
+            `test_owner_names`; None if clients are not natural, or the test set is of none.
+        test_owner_names: the natural clients that have test examples.
     """
 
     name: str
@@ -70,6 +74,8 @@ class FederatedData:
     task: Task = None  # type: ignore[assignment]  # __post_init__ gives it one
     columns: tuple[ColumnFacts, ...] = ()
     awaits_statistics: bool = False
+    test_owners: Tensor | None = None
+    test_owner_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # In a deployment the server's data has no clients, because their data is on other machines.
@@ -87,6 +93,12 @@ class FederatedData:
                 f"{self.num_classes} classes but {len(self.class_names)} class names",
                 place=f"data '{self.name}'",
                 cure="give one name per class",
+            )
+        if self.test_owners is not None and len(self.test_owners) != len(self.test):
+            raise DataError(
+                f"{len(self.test)} test examples but {len(self.test_owners)} owners",
+                place=f"data '{self.name}'",
+                cure="give one owner for each test example",
             )
         # Comparing each part with one client suffices: all must have the same shapes and types.
         first = self._first

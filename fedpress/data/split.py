@@ -270,6 +270,7 @@ def _assemble(examples: SourceRows, settings: DataSettings, parts: Parts) -> Fed
         word = "clients" if name.startswith("client/") else name
         left_out[word] = left_out.get(word, 0) + len(rows) - len(kept[name])
 
+    owners, owner_names = _owners_of_test(examples, settings, kept.get("test"))
     public = part["public"]
     preprocess = _preprocess(public.x, settings)
     task = _task(examples, settings, found.names, public.y)
@@ -288,6 +289,8 @@ def _assemble(examples: SourceRows, settings: DataSettings, parts: Parts) -> Fed
         preparation=inputs.preparation
         and inputs.preparation.with_standardisation(preprocess, found.names, task.to_json()),
         columns=examples.facts(parts.public) if examples.facts is not None else (),
+        test_owners=owners,
+        test_owner_names=owner_names,
     )
     return data if examples.targets is None else replace(data, left_out=left_out)
 
@@ -303,6 +306,25 @@ def _targets(examples: SourceRows, settings: DataSettings, public: Tensor) -> Ta
             cure="leave classes out",
         )
     return TargetRows.of_classes(examples.train.y, examples.class_names)
+
+
+def _owners_of_test(
+    examples: SourceRows, settings: DataSettings, rows: Tensor | None
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Returns the natural client of each test row [n], and the names of these clients.
+
+    Args:
+        examples: the rows of the source.
+        settings: the `[data]` table.
+        rows: positions of the test rows; None: the source has a test set of its own.
+    """
+    natural = settings.partition is None or isinstance(settings.partition, Natural)
+    # A row that the source itself counts as a test row may have no client.
+    of_source = rows is None or examples.is_test is not None
+    if examples.owners is None or rows is None or of_source or not natural:
+        return None, ()
+    known, owners = examples.owners[rows].unique(return_inverse=True)
+    return owners, tuple(examples.owner_names[at] for at in known.tolist())
 
 
 def _check_clients(parts: Parts, usable: Tensor) -> None:

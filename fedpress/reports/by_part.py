@@ -1,8 +1,9 @@
-"""Draws what a metric hides: its value for each horizon or class, and survival over time."""
+"""Draws what a metric hides: its value by horizon, class or client, and survival over time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedpress.reports import units
@@ -38,6 +39,16 @@ def by_part(stage: Json) -> list[Figure]:
     if recall:
         found.append(_by_name(stage, RECALL, recall, names))
     return [figure for figure in found if figure]
+
+
+def by_client(stage: Json) -> Figure | None:
+    """Draws the primary metric of each natural client of the test set: whom the model serves."""
+    metric = task_of(stage).shown_metrics[0]
+    key = f"{metric.key}_by_client"
+    values, names = stage.get(key), stage.get("test_clients")
+    if not isinstance(values, list) or all(units.number(v) is None for v in values):
+        return None
+    return _by_name(stage, replace(metric, key=key), values, names)
 
 
 def _by_name(stage: Json, metric: Metric, given: Sequence[Any], names: Any) -> Figure | None:

@@ -6,7 +6,7 @@ The argument `name` is the name of a stage, and `epochs` are the records of its 
 from __future__ import annotations
 
 from fedpress.reports import units
-from fedpress.reports.by_part import by_part, survival_curves
+from fedpress.reports.by_part import by_client, by_part, survival_curves
 from fedpress.reports.compression import (
     bits_per_layer,
     bytes_by_kind,
@@ -65,7 +65,7 @@ def figures(run: Run) -> list[Figure]:
     # Of the last measured model alone: it is the one that is used.
     measured = units.lines_with(run.stages, MetricFormat.of(run.stages).key)[-1:]
     for stage in measured:
-        found += [*by_part(stage), survival_curves(stage)]
+        found += [*by_part(stage), by_client(stage), survival_curves(stage)]
     return [figure for figure in found if figure]
 
 

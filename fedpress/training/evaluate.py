@@ -29,12 +29,15 @@ class Evaluation:
         loss: mean loss of the examples.
         examples: number of examples.
         metrics: all metrics of the task by key; empty unless `all_metrics` was set.
+        group_scores: the primary metric of each group, NaN if it is undefined; empty unless
+            `groups` was given.
     """
 
     score: float
     loss: float
     examples: int
     metrics: Mapping[str, JsonValue] = field(default_factory=dict)
+    group_scores: tuple[float, ...] = ()
 
 
 @contextmanager
@@ -62,6 +65,7 @@ def evaluate(
     precision: Precision = "float32",
     batch_size: int | None = None,
     all_metrics: bool = False,
+    groups: Tensor | None = None,
 ) -> Evaluation:
     """Evaluates `model` on `arrays` in evaluation mode, then restores the mode of every module.
 
@@ -74,6 +78,8 @@ def evaluate(
         batch_size: number of examples in a forward pass; None: 100 on a CPU, else 500.
         all_metrics: whether to compute all metrics. If False, only the primary metric and the loss
             are computed.
+        groups: the group of each example, 0 up, int64 [n], such as the client that it is of. The
+            primary metric of each group is computed, too.
 
     Raises:
         TrainingError: if there are no examples.
@@ -88,22 +94,29 @@ def evaluate(
     plain = task.unweighted
     loss = 0.0
     sums: list[Sums] = []
+    of_groups: dict[int, Sums] = {}
     at = device_of(model)
     if batch_size is None:
         # The activations of small batches stay in a CPU's caches; a GPU needs large ones.
         batch_size = 100 if at.type == "cpu" else 500
     with evaluating(model), torch.inference_mode(), autocast(model, precision):
-        for x, y in zip(arrays.x.split(batch_size), arrays.y.split(batch_size), strict=True):
+        for start in range(0, len(arrays), batch_size):
+            part = slice(start, start + batch_size)
+            x, y = arrays.x[part], arrays.y[part]
             found = as_float32(outputs(model, laid_out(preprocess(x.to(at)), model)))
             # Sums and not means, because the last batch may be smaller than the others.
             loss += float(plain.loss(found, y.to(at), reduction="sum"))
             # Metrics are computed in float64, which Apple GPUs do not have.
             count = task.metrics if all_metrics else task.score_sums
-            sums.append(count(map_outputs(found, Tensor.cpu), y.cpu()))
+            found, y = map_outputs(found, Tensor.cpu), y.cpu()
+            sums.append(count(found, y))
+            if groups is not None:
+                _add_by_group(of_groups, task, found, y, groups[part])
     total = merged(*sums)
     mean_loss = loss / len(arrays)
+    scores = tuple(task.score(of_groups[group]) for group in sorted(of_groups))
     if not all_metrics:
-        return Evaluation(task.score(total), mean_loss, len(arrays))
+        return Evaluation(task.score(total), mean_loss, len(arrays), group_scores=scores)
     metrics = task.summary(total)
     score = metrics[task.primary]
     return Evaluation(
@@ -111,7 +124,18 @@ def evaluate(
         mean_loss,
         len(arrays),
         metrics,
+        scores,
     )
+
+
+def _add_by_group(
+    found: dict[int, Sums], task: Task, outputs: Tensor, y: Tensor, groups: Tensor
+) -> None:
+    """Adds the sums for `score` of a batch's examples to those of their groups, [n]."""
+    for group in groups.unique().tolist():
+        own = groups == group
+        sums = task.score_sums(map_outputs(outputs, lambda t, own=own: t[own]), y[own])
+        found[group] = merged(found[group], sums) if group in found else sums
 
 
 def outputs(model: nn.Module, x: Inputs) -> Tensor:

@@ -40,8 +40,11 @@ def test_a_fifth_of_each_client_is_put_aside_unless_a_test_set_is_given():
     rounds = {"num_rounds": 1}
     put_aside = fedpress.federate(net(), clients=three(), **rounds)
     assert sum(map(sum, put_aside.after["confusion"])) == 120
+    assert put_aside.after["test_clients"] == ["north", "south", "west"]
+    assert len(put_aside.after["accuracy_by_client"]) == 3
     own = fedpress.federate(net(), clients=three(), test=(X[:50], Y[:50]), **rounds)
     assert sum(map(sum, own.after["confusion"])) == 50
+    assert "accuracy_by_client" not in own.after
 
 
 def test_one_output_is_binary_and_floats_are_a_regression():

@@ -86,6 +86,28 @@ def test_natural_clients_give_the_asked_share_of_their_own_rows():
         assert len((went["public"] | went["validation"]) & own) == 8
 
 
+def test_each_test_row_of_a_natural_client_knows_its_client():
+    data = split_rows(numbered(60, clients=6), ask(test_share=0.2, validation=0), 0)
+    of = [data.test_owner_names[at] for at in data.test_owners.tolist()]
+    assert of == [f"p{int(row) % 6}" for row in data.test.x.flatten()]
+    kept = split_rows(numbered(60, clients=6), ask(test_clients=("p5", "p1"), validation=0), 0)
+    assert kept.test_owner_names == ("p1", "p5")
+    assert kept.test_owners.bincount().tolist() == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys"),
+    [
+        (numbered(60), {"num_clients": 3}),
+        (numbered(60, own_test=True, clients=6), {}),
+        (numbered(60, clients=6), {"num_clients": 3, "partition": {"kind": "iid"}}),
+    ],
+)
+def test_rows_of_no_natural_client_have_no_owner(rows, keys):
+    data = split_rows(rows, ask(validation=0, **keys), 0)
+    assert (data.test_owners, data.test_owner_names) == (None, ())
+
+
 def test_public_and_test_clients_give_all_their_rows_and_hold_none():
     data = split_rows(
         numbered(60, clients=4), ask(public_clients=["p1"], test_clients=["p3"], validation=3), 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedpress.reports.by_part import by_part, survival_curves
+from fedpress.reports.by_part import by_client, by_part, survival_curves
 from fedpress.reports.draw import svg
 from fedpress.reports.federated import client_scores
 
@@ -50,6 +50,15 @@ def test_the_recall_is_the_diagonal_of_the_confusion_by_the_sums_of_its_rows():
     assert drawn(recall) == {"cat": 75.0, "dog": 50.0}
     unnamed = {key: value for key, value in stage.items() if key != "parts"}
     assert drawn(by_part(unnamed)[0]) == {"0": 75.0, "1": 50.0}
+
+
+def test_the_main_metric_of_each_client_is_drawn():
+    stage = {"kind": "train", "task": "binary", "test_clients": ["north", "south", "lung clinic"]}
+    figure = by_client({**stage, "auc_by_client": [0.75, 0.5, None]})
+    assert figure.title == "AUC by client: train"
+    assert drawn(figure) == {"north": 0.75, "south": 0.5, "lung clinic": None}
+    assert by_client(stage) is None
+    assert by_client({**stage, "auc_by_client": [None, None, None]}) is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The metrics that torchmetrics or scikit-learn know are what they say."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torchmetrics import CalibrationError, SpearmanCorrCoef
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 
 from fedpress.errors import RecipeError
-from fedpress.tasks import Binary, Multilabel, Regression, ranking
+from fedpress.tasks import Binary, Multilabel, Regression, make, of_model, ranking
 from fedpress.tasks.classification import Classification
 from fedpress.tasks.library import library_sums
 from tests.tasks.test_all import made
@@ -50,6 +51,49 @@ def test_those_of_a_binary_task_at_its_threshold():
         assert found["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(y, answers))
         loss = Binary(("no", "yes")).loss(logits, labels)
         assert float(loss) == pytest.approx(sk.log_loss(y, p.numpy()), rel=1e-5)
+
+
+def test_the_mean_cost_counts_false_alarms_and_misses():
+    chance = torch.Generator().manual_seed(8)
+    labels = (torch.rand(900, generator=chance) < 0.3).long()
+    logits = torch.randn(900, 1, generator=chance) + labels[:, None] - 1
+    task = Binary(("no", "yes"), 0.3, costs=(2.0, 7.0))
+    answers = (logits[:, 0].sigmoid() >= 0.3).long().numpy()
+    (_, alarms), (misses, _) = sk.confusion_matrix(labels.numpy(), answers)
+    found = measured(task, logits, labels)
+    assert found["mean_cost"] == pytest.approx((2 * alarms + 7 * misses) / 900)
+    assert measured(Binary(("no", "yes")), logits, labels)["mean_cost"] is None
+
+
+def test_costs_set_the_cheapest_threshold():
+    """Of right probabilities: no threshold of a fine grid costs less, beyond chance."""
+    chance = torch.Generator().manual_seed(9)
+    p = torch.rand(200_000, generator=chance)
+    labels = (torch.rand(200_000, generator=chance) < p).long()
+    logits = p.logit()[:, None]
+    made = make({"kind": "binary", "costs": [1, 4]}, ("no", "yes"), labels)
+    assert made.threshold == 0.2
+    costs = {
+        t: measured(replace(made, threshold=t), logits, labels)["mean_cost"]
+        for t in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+    }
+    assert min(costs, key=costs.get) == 0.2
+    # Who gives a threshold means it.
+    own = make({"kind": "binary", "costs": [1, 4], "threshold": 0.5}, ("no", "yes"), labels)
+    assert own.threshold == 0.5
+    assert of_model(own.to_json(), ()) == own
+
+
+@pytest.mark.parametrize("wrong", [[1], [1, 0], [1, -2], [1, 2, 3], [1, float("inf")]])
+def test_costs_are_two_positive_numbers(wrong):
+    with pytest.raises(RecipeError, match=r"give two positive numbers"):
+        make({"kind": "binary", "costs": wrong}, ("no", "yes"), torch.zeros(3).long())
+
+
+@pytest.mark.parametrize("wrong", ["five", 5, ["a", "b"]])
+def test_costs_of_another_type_are_refused(wrong):
+    with pytest.raises(RecipeError, match="costs"):
+        make({"kind": "binary", "costs": wrong}, ("no", "yes"), torch.zeros(3).long())
 
 
 @pytest.mark.parametrize("specificity", [0.0, 0.5, 0.9, 0.99, 1.0])

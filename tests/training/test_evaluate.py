@@ -43,6 +43,21 @@ def test_evaluation_equals_a_plain_loop(batch_size):
     assert whole.metrics["confusion"] == expected["confusion"]
 
 
+@pytest.mark.parametrize("batch_size", [3, 500])
+def test_a_groups_score_is_that_of_its_examples_alone(batch_size):
+    model, data = network("resnet"), images(20)
+    # Groups that lie across batches.
+    groups = torch.arange(20) % 3
+    found = evaluate(model, data, PREPROCESS, TASK, batch_size=batch_size, groups=groups)
+    alone = [
+        evaluate(model, data.take(torch.nonzero(groups == at).flatten()), PREPROCESS, TASK).score
+        for at in range(3)
+    ]
+    assert found.group_scores == pytest.approx(alone)
+    plain = evaluate(model, data, PREPROCESS, TASK, batch_size=batch_size)
+    assert (found.score, found.loss, plain.group_scores) == (plain.score, plain.loss, ())
+
+
 def test_evaluation_leaves_every_mode_and_number_as_it_was():
     model = freeze_batch_norm_(network("resnet").train())
     modes = [m.training for m in model.modules()]

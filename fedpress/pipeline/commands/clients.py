@@ -107,10 +107,16 @@ class Clients:
         private = {str(name): arrays(*pair) for name, pair in raw.items()}
         none = arrays(first_x[:0], first_y[:0])
         public = arrays(*shared) if shared else none
+        owners: Tensor | None = None
+        owner_names: tuple[str, ...] = ()
         if self.test is not None:
             test = arrays(*_pair("test", self.test))
         else:
-            private, test = _put_aside(private)
+            private, aside = _put_aside(private)
+            test = _joined(list(aside.values()))
+            owner_names = tuple(name for name, part in aside.items() if len(part))
+            sizes = torch.tensor([len(aside[name]) for name in owner_names])
+            owners = torch.arange(len(sizes)).repeat_interleave(sizes.long())
             if not len(test):
                 warnings.warn(
                     "no client has five examples, so there is no test set and nothing is "
@@ -129,6 +135,8 @@ class Clients:
                 class_names=names,
                 preprocess=preprocess,
                 task=task,
+                test_owners=owners,
+                test_owner_names=owner_names,
             )
 
     def _arguments(self) -> dict[str, str]:
@@ -213,15 +221,23 @@ def _pair(place: str, data: Any) -> tuple[Inputs, Tensor]:
     return x, y
 
 
-def _put_aside(private: Mapping[str, Arrays]) -> tuple[dict[str, Arrays], Arrays]:
-    """Makes 20% of each client's examples the test set; each client keeps at least one example."""
+def _put_aside(private: Mapping[str, Arrays]) -> tuple[dict[str, Arrays], dict[str, Arrays]]:
+    """Makes 20% of each client's examples test examples; each client keeps at least one example.
+
+    Returns:
+        Client name -> its other examples; and client name -> its test examples, perhaps none.
+    """
     kept: dict[str, Arrays] = {}
-    tests: list[Arrays] = []
+    tests: dict[str, Arrays] = {}
     for name, arrays in private.items():
         # The name is part of the stream, so a client's test rows do not depend on other clients.
         order = public_stream(0, "test examples of a client", name).permutation(len(arrays))
         # Rounded down, so a client with fewer than five examples keeps all of them.
         count = int(TEST_SHARE * len(arrays))
-        tests.append(arrays.take(order[:count]))
+        tests[name] = arrays.take(order[:count])
         kept[name] = arrays.take(order[count:])
-    return kept, Arrays(join([part.x for part in tests]), torch.cat([part.y for part in tests]))
+    return kept, tests
+
+
+def _joined(parts: Sequence[Arrays]) -> Arrays:
+    return Arrays(join([part.x for part in parts]), torch.cat([part.y for part in parts]))
