@@ -39,8 +39,8 @@ def as_float32(outputs: Outputs) -> Outputs:
     return map_outputs(outputs, lambda t: t.float() if t.is_floating_point() else t)
 
 
-def rows_of_outputs(outputs: Outputs, rows: slice) -> Outputs:
-    """Returns the outputs of some examples.
+def rows_of_outputs(outputs: Outputs, rows: slice | Tensor) -> Outputs:
+    """Returns the outputs of some examples: a slice, or a bool mask [n].
 
     >>> rows_of_outputs((torch.arange(3), torch.eye(3)), slice(1, 2))
     (tensor([1]), tensor([[0., 1., 0.]]))

@@ -134,7 +134,7 @@ def _add_by_group(
     """Adds the sums for `score` of a batch's examples to those of their groups, [n]."""
     for group in groups.unique().tolist():
         own = groups == group
-        sums = task.score_sums(map_outputs(outputs, lambda t, own=own: t[own]), y[own])
+        sums = task.score_sums(rows_of_outputs(outputs, own), y[own])
         found[group] = merged(found[group], sums) if group in found else sums
 
 
