@@ -107,36 +107,24 @@ class Clients:
         private = {str(name): arrays(*pair) for name, pair in raw.items()}
         none = arrays(first_x[:0], first_y[:0])
         public = arrays(*shared) if shared else none
-        owners: Tensor | None = None
-        owner_names: tuple[str, ...] = ()
         if self.test is not None:
-            test = arrays(*_pair("test", self.test))
+            parts = _Parts(private, arrays(*_pair("test", self.test)))
         else:
-            private, aside = _put_aside(private)
-            test = _joined(list(aside.values()))
-            owner_names = tuple(name for name, part in aside.items() if len(part))
-            sizes = torch.tensor([len(aside[name]) for name in owner_names])
-            owners = torch.arange(len(sizes)).repeat_interleave(sizes.long())
-            if not len(test):
-                warnings.warn(
-                    "no client has five examples, so there is no test set and nothing is "
-                    "measured; give test=",
-                    stacklevel=2,
-                )
+            parts = _put_aside(private)
         names = task.names if task.targets == "classes" else ()
         with naming_parts(self._arguments()):
             return FederatedData(
                 name="data in memory",
-                clients=private,
+                clients=parts.clients,
                 public=public,
                 validation=none,
-                test=test,
+                test=parts.test,
                 num_classes=len(names),
                 class_names=names,
                 preprocess=preprocess,
                 task=task,
-                test_owners=owners,
-                test_owner_names=owner_names,
+                test_owners=parts.test_owners,
+                test_owner_names=parts.test_owner_names,
             )
 
     def _arguments(self) -> dict[str, str]:
@@ -221,12 +209,18 @@ def _pair(place: str, data: Any) -> tuple[Inputs, Tensor]:
     return x, y
 
 
-def _put_aside(private: Mapping[str, Arrays]) -> tuple[dict[str, Arrays], dict[str, Arrays]]:
-    """Makes 20% of each client's examples test examples; each client keeps at least one example.
+@dataclass(frozen=True)
+class _Parts:
+    """Clients and test set; what each field holds is in `FederatedData`."""
 
-    Returns:
-        Client name -> its other examples; and client name -> its test examples, perhaps none.
-    """
+    clients: Mapping[str, Arrays]
+    test: Arrays
+    test_owners: Tensor | None = None
+    test_owner_names: tuple[str, ...] = ()
+
+
+def _put_aside(private: Mapping[str, Arrays]) -> _Parts:
+    """Makes 20% of each client's examples the test set; each client keeps at least one example."""
     kept: dict[str, Arrays] = {}
     tests: dict[str, Arrays] = {}
     for name, arrays in private.items():
@@ -236,8 +230,16 @@ def _put_aside(private: Mapping[str, Arrays]) -> tuple[dict[str, Arrays], dict[s
         count = int(TEST_SHARE * len(arrays))
         tests[name] = arrays.take(order[:count])
         kept[name] = arrays.take(order[count:])
-    return kept, tests
-
-
-def _joined(parts: Sequence[Arrays]) -> Arrays:
-    return Arrays(join([part.x for part in parts]), torch.cat([part.y for part in parts]))
+    joined = Arrays(
+        join([part.x for part in tests.values()]), torch.cat([part.y for part in tests.values()])
+    )
+    if not len(joined):
+        warnings.warn(
+            "no client has five examples, so there is no test set and nothing is measured; give "
+            "test=",
+            stacklevel=3,
+        )
+        return _Parts(kept, joined)
+    names = tuple(name for name, part in tests.items() if len(part))
+    sizes = torch.tensor([len(tests[name]) for name in names])
+    return _Parts(kept, joined, torch.arange(len(sizes)).repeat_interleave(sizes), names)
