@@ -22,17 +22,10 @@ from fedpress.training.augment import Augment
 from fedpress.workspace.state import Name
 
 
-class PrivacySettings(ReadsOldKeys):
-    """`[stage.privacy]`: differential privacy: the protected unit, who adds the noise, the budget.
-
-    Give either `epsilon` or `noise_multiplier`. With `epsilon`, the noise is calibrated before the
-    run so that earlier stages and all rounds together spend this epsilon. With `noise_multiplier`, the noise is fixed,
-    and epsilon is computed from it.
-    """
+class PromiseSettings(BaseModel):
+    """What is protected, and who adds which noise: keys of `privacy` in every stage that has it."""
 
     model_config = SETTINGS
-    # Recipes and run folders of older versions have trust = "secure", which is now "distributed".
-    renamed: ClassVar[tuple[Renamed, ...]] = (Renamed("trust", "secure", "trust", "distributed"),)
 
     # No default, because only the user can know what must be protected.
     unit: Literal["sample", "client"] = Field(
@@ -48,6 +41,47 @@ class PrivacySettings(ReadsOldKeys):
     delta: float = Field(
         1e-5, gt=0, lt=1, description="delta of (epsilon, delta)-differential privacy"
     )
+    secure_noise: bool = Field(
+        False,
+        description="draw noise from the operating system's random numbers, and round it to a "
+        "public grid; then a run cannot be repeated",
+    )
+
+
+class SecureSumSettings(BaseModel):
+    """The keys of a secure sum: of every stage in which clients may add up what they send."""
+
+    model_config = SETTINGS
+
+    # Off by default, so that a simulation can be repeated bit by bit.
+    secure_keys: bool = Field(
+        False,
+        description="draw the keys of a secure sum from the operating system; by default they "
+        "follow from the seed",
+    )
+    # The noise of clients that drop out is missing in the sum. So with a larger share each client
+    # must add more noise.
+    max_dropout: float = Field(
+        1 / 3,
+        ge=0,
+        lt=0.5,
+        description="largest share of a round's clients whose drop-out does not make a secure sum "
+        "fail",
+    )
+
+
+class PrivacySettings(PromiseSettings, ReadsOldKeys):
+    """`[stage.privacy]`: differential privacy: the protected unit, who adds the noise, the budget.
+
+    Give either `epsilon` or `noise_multiplier`. With `epsilon`, the noise is calibrated before the
+    run so that earlier stages and all rounds together spend this epsilon. With `noise_multiplier`, the noise is fixed,
+    and epsilon is computed from it.
+    """
+
+    model_config = SETTINGS
+    # Recipes and run folders of older versions have trust = "secure", which is now "distributed".
+    renamed: ClassVar[tuple[Renamed, ...]] = (Renamed("trust", "secure", "trust", "distributed"),)
+
     clip_norm: float = Field(
         1.0,
         gt=0,
@@ -74,11 +108,6 @@ class PrivacySettings(ReadsOldKeys):
         None,
         description="noise correlated over the rounds, so that most of it cancels in the sum of "
         "all rounds (unit client, no Poisson sampling)",
-    )
-    secure_noise: bool = Field(
-        False,
-        description="draw noise from the operating system's random numbers, and round it to a "
-        "public grid; then a run cannot be repeated",
     )
 
     @model_validator(mode="after")
@@ -141,7 +170,7 @@ class CorrelatedNoise(BaseModel):
     )
 
 
-class FederateSettings(LocalSettings, ReadsOldKeys):
+class FederateSettings(SecureSumSettings, LocalSettings, ReadsOldKeys):
     """The keys of a federate stage. The keys of local training are in `LocalSettings`."""
 
     model_config = SETTINGS
@@ -220,20 +249,6 @@ class FederateSettings(LocalSettings, ReadsOldKeys):
         None,
         description="how the server combines updates: mean (the default), secure (it learns only "
         "the sum), median",
-    )
-    # Off by default, so that a simulation can be repeated bit by bit.
-    secure_keys: bool = Field(
-        False,
-        description="draw the keys of a secure sum from the operating system; by default they "
-        "follow from the seed",
-    )
-    # The noise of clients that drop out is missing in the sum. So with a larger share each client
-    # must add more noise.
-    max_dropout: float = Field(
-        1 / 3,
-        ge=0,
-        lt=0.5,
-        description="largest share of a cohort whose drop-out does not make a secure sum fail",
     )
     target_metric: float | None = Field(
         None, description="stop when the task's primary metric on the validation set reaches this"

@@ -4,40 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from fedpress.core.settings import SETTINGS
 from fedpress.errors import SettingError
+from fedpress.stages.federate.settings import PromiseSettings, SecureSumSettings
 from fedpress.workspace.state import Name
 
+BINS = 64
+"""Bins between the bounds of a column, from which quantiles are computed."""
 
-class QueryPrivacy(BaseModel):
+
+class QueryPrivacy(PromiseSettings):
     """`[stage.privacy]` of a statistics stage. The keys mean what they mean in a federate stage."""
 
     model_config = SETTINGS
 
-    unit: Literal["sample", "client"] = Field(
-        description="what is protected: sample (one example) or client (all examples of a client)"
-    )
-    trust: Literal["local", "distributed", "central"] | None = Field(
-        None,
-        description="who adds the noise: local (each client), distributed (all clients together, "
-        "in a secure sum), central (the server); by default that of a federate stage",
-    )
     epsilon: float = Field(
         gt=0, description="privacy budget of all sums together; the noise is calibrated to it"
     )
-    delta: float = Field(
-        1e-5, gt=0, lt=1, description="delta of (epsilon, delta)-differential privacy"
-    )
-    secure_noise: bool = Field(
-        False,
-        description="draw noise from the operating system's random numbers, and round it to a "
-        "public grid; then a run cannot be repeated",
-    )
 
 
-class StatisticsSettings(BaseModel):
+class StatisticsSettings(SecureSumSettings):
     """The keys of a statistics stage."""
 
     model_config = SETTINGS
@@ -61,17 +49,11 @@ class StatisticsSettings(BaseModel):
         "frequent ones of data.words, or of the public rows; others become unknown words",
     )
     privacy: QueryPrivacy = Field(description="the protected unit, who adds the noise, the budget")
-    secure_keys: bool = Field(
-        False,
-        description="draw the keys of a secure sum from the operating system; by default they "
-        "follow from the seed",
-    )
-    max_dropout: float = Field(
-        1 / 3,
-        ge=0,
-        lt=0.5,
-        description="largest share of the clients whose drop-out does not make a secure sum fail",
-    )
+
+    @property
+    def bins(self) -> int:
+        """Number of bins between the bounds of a column; 0: moments in the place of counts."""
+        return BINS if self.method == "quantiles" else 0
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> Self:
