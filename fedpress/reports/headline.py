@@ -15,7 +15,7 @@ from fedpress.reports.comparable import (
     same_test_set,
 )
 from fedpress.reports.metrics import MetricFormat, metrics_of
-from fedpress.reports.protection import all_private
+from fedpress.reports.protection import all_private, asks_clients
 from fedpress.reports.reading import Json
 
 MUCH_FLOAT = 0.1  # up to this share, float parameters hardly change the size and are not shown
@@ -43,7 +43,6 @@ def tiles(stages: list[Json]) -> list[Tile]:
     """Returns the tiles of a run; a number that was not measured has no tile."""
     # A stage of kind "measure" only repeats the numbers of the stage before.
     stages = changing_stages(stages)
-    federated = [stage for stage in stages if stage.get("kind") == "federate"]
     found = [
         _score(stages),
         _second_metric(stages),
@@ -51,7 +50,7 @@ def tiles(stages: list[Json]) -> list[Tile]:
         _float_tile(stages),
         _file(stages),
         _latency(stages),
-        _privacy(federated),
+        _privacy(asks_clients(stages)),
         _traffic(stages),
     ]
     return [tile for tile in found if tile]
@@ -238,13 +237,13 @@ def _latency_in(runtime: str, measured: list[Json]) -> Tile | None:
     return _cost("latency", alike, "latency_ms", units.milliseconds)
 
 
-def _privacy(federated: list[Json]) -> Tile | None:
-    if not federated:
+def _privacy(asking: list[Json]) -> Tile | None:
+    if not asking:
         return None
     # If one stage has no privacy, the epsilon of the other stages says nothing about the network.
-    if not all_private(federated):
+    if not all_private(asking):
         return Tile("none", "privacy spent, ε", "no differential privacy")
-    last = federated[-1]
+    last = asking[-1]
     note = f"at δ = {units.compact(last.get('delta'))}, per {last.get('unit')}"
     note += f"; {last['epsilon_is']}" if last.get("epsilon_is") else ""
     return Tile(units.epsilon(last.get("epsilon")), "privacy spent, ε", note)

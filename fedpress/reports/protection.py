@@ -18,7 +18,7 @@ OTHERS = (
 
 @dataclass(frozen=True)
 class Protection:
-    """The privacy guarantee of one federated stage, as sentences.
+    """The privacy guarantee of one stage, as sentences.
 
     Attributes:
         title: the stage's name.
@@ -95,13 +95,26 @@ ROUNDING = (
 )
 
 
+QUERY = {
+    "sample": "Each example of each client: what it adds to the sums that were asked is bounded, and "
+    "the sums have noise. So the statistics are covered, and with them every model that has them.",
+    "client": "All data of a client together: the mean of its sums is bounded, and the sums have "
+    "noise. So the statistics are covered, and with them every model that has them.",
+}
+"""Unit of a query -> what it protects, whoever adds the noise."""
+
+
+def asks_clients(stages: list[Json]) -> list[Json]:
+    """Returns the stages that compute something from the clients' private data."""
+    return [stage for stage in stages if stage.get("kind") in ("federate", "statistics")]
+
+
 def protections(stages: list[Json]) -> list[Protection]:
-    """Returns the guarantee of each federated stage.
+    """Returns the guarantee of each stage that asks clients.
 
     If one stage used private data without privacy, the summaries of the other stages say so.
     """
-    federated = [stage for stage in stages if stage.get("kind") == "federate"]
-    found = [protection(stage) for stage in federated]
+    found = [protection(stage) for stage in asks_clients(stages)]
     open_stages = [it.title for it in found if not it.protected]
     # One stage without privacy voids the guarantee of the whole run.
     if not open_stages:
@@ -110,13 +123,12 @@ def protections(stages: list[Json]) -> list[Protection]:
 
 
 def all_private(stages: list[Json]) -> bool:
-    """Returns whether every federated stage has a finite epsilon.
+    """Returns whether every stage that asks clients has a finite epsilon.
 
     Only then does the last stage's epsilon hold for the network. This epsilon includes all earlier
     stages.
     """
-    federated = [stage for stage in stages if stage.get("kind") == "federate"]
-    return all(units.number(stage.get("epsilon")) is not None for stage in federated)
+    return all(units.number(stage.get("epsilon")) is not None for stage in asks_clients(stages))
 
 
 def _contradicted(it: Protection, open_stages: list[str]) -> Protection:
@@ -126,16 +138,47 @@ def _contradicted(it: Protection, open_stages: list[str]) -> Protection:
 
 
 def protection(stage: Json) -> Protection:
-    """Returns the guarantee of one federated stage.
+    """Returns the guarantee of one stage that asks clients.
 
     Args:
         stage: the stage's entry in `result.json`. Its "unit" says what is protected, its "trust"
             who adds the noise, and its "epsilon" how strong the guarantee is.
     """
     it = _by_unit(name_of(stage), stage)
+    it = replace(it, summary=" ".join([it.summary, *_query(stage), *_left(stage)]))
+    if stage.get("kind") == "statistics" and it.protected:
+        covered = QUERY.get(str(stage.get("unit")), it.protected[0])
+        it = replace(it, protected=[covered, *it.protected[1:]])
     if stage.get(f"client_{MetricFormat.of([stage]).key}"):
         return replace(it, unprotected=[*it.unprotected, OWN_SCORES])
     return it
+
+
+def _query(stage: Json) -> list[str]:
+    """Returns a sentence on what a query has asked for; none for other stages."""
+    if stage.get("kind") != "statistics":
+        return []
+    columns: dict[str, Json] = stage.get("columns") or {}
+    asked = []
+    for key, what in (("mean", "mean and standard deviation"), ("median", "median and quartiles")):
+        if names := [name for name, found in columns.items() if key in found]:
+            asked.append(f"{what} of {', '.join(names)}")
+    if words := stage.get("words"):
+        asked.append(f"the most frequent words of {', '.join(words)}")
+    if not asked:
+        asked = ["what fills missing cells"]
+    return [f"Asked once, by {stage.get('sums')} sums over all rows: {'; '.join(asked)}."]
+
+
+def _left(stage: Json) -> list[str]:
+    """Returns a sentence on what earlier stages had left of the budget, if they spent any."""
+    budget, left = (units.number(stage.get(f"epsilon_{key}")) for key in ("budget", "left"))
+    if budget is None or left is None:
+        return []
+    return [
+        f"That includes earlier stages: of the budget of ε = {units.epsilon(budget)} they had left "
+        f"ε = {units.epsilon(left)} to this one."
+    ]
 
 
 def _by_unit(title: str, stage: Json) -> Protection:

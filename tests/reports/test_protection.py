@@ -130,3 +130,36 @@ def test_noise_from_the_system_leaves_no_seed_and_no_rounding_to_fear(unit, trus
         assert words not in secret
     assert "noise's seed" not in secret
     assert "Other runs on the same data" in secret
+
+
+QUERY = {
+    **SAMPLE,
+    "kind": "statistics",
+    "sums": 12,
+    "columns": {"age": {"mean": 50.0, "std": 1.0}, "pay": {"mean": 1.0, "std": 1.0}},
+    "words": {"job": ["cook"]},
+}
+
+
+def test_a_query_says_what_was_asked_and_what_it_cost():
+    it = protection(QUERY)
+    assert "protected with ε = 2.00 at δ = 1e-5" in it.summary
+    assert it.summary.endswith(
+        "Asked once, by 12 sums over all rows: mean and standard deviation of age, pay; the most "
+        "frequent words of job."
+    )
+    assert "gradient" not in " ".join(it.protected)
+    medians = {"age": {"median": 1.0, "quartiles": [0.0, 2.0]}}
+    assert "median and quartiles of age" in protection({**QUERY, "columns": medians}).summary
+
+
+def test_a_later_stage_says_what_was_left_to_it():
+    said = protection({**SAMPLE, "epsilon_budget": 8.0, "epsilon_left": 7.123}).summary
+    assert said.endswith("of the budget of ε = 8.00 they had left ε = 7.13 to this one.")
+    assert "left" not in protection(SAMPLE).summary
+
+
+def test_a_query_beside_an_open_stage_promises_nothing_for_the_run():
+    first, _ = protections([QUERY, {"kind": "federate", "name": "open"}])
+    assert "But not in the run as a whole: “open” used private data" in first.summary
+    assert all_private([QUERY])

@@ -269,13 +269,19 @@ class ServerSide:
         return {"bits": grid.plan.bits, "scale": grid.scale, "sum_limit": grid.limit}
 
     def privacy_facts(self) -> dict[str, Any]:
-        """Returns the privacy settings of the client with the largest epsilon."""
+        """Returns the privacy settings of the client with the largest epsilon.
+
+        If earlier stages have spent a part of the budget: also the budget, and what they left.
+        """
         plans = self.protection.plans.values()
         # All clients have the same noise multiplier. So the client that samples its examples most
         # often has the largest epsilon.
         most = max(plans, key=lambda plan: (plan.sampling_prob, plan.steps_per_round))
         facts = {name: getattr(most, name) for name in PRIVACY_KEYS}
         facts["trust"] = self.uplink.trust.kind
+        private, planned = self.stage.privacy, self.contract.stage.privacy
+        if private is not None and planned is not None and planned.epsilon != private.epsilon:
+            facts |= {"epsilon_budget": private.epsilon, "epsilon_left": planned.epsilon}
         # With an adaptive clip the plan is in units of the present clip norm, so its clip norm is
         # always 1. The initial clip norm says more.
         if self.uplink.adaptive is not None:
