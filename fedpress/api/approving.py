@@ -6,7 +6,7 @@ offer whose terms have the same fingerprint (a hash) as an approved recipe.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -18,13 +18,11 @@ from fedpress.network.ledger import OwnerLedger, default_path
 from fedpress.network.words import words_of
 from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.start import saved_model
-from fedpress.stages.federate.offer import fingerprint_of, terms_of
-from fedpress.stages.federate.stage import FederateStage
 
 
 @dataclass(frozen=True)
 class Approval:
-    """The terms of one federate stage of a recipe, which a data owner may approve.
+    """What one stage of a recipe asks of clients, which a data owner may approve.
 
     Attributes:
         stage: name of the stage.
@@ -39,26 +37,24 @@ class Approval:
 
 
 def asked_for(recipe: Source, overrides: Overrides = ()) -> list[Approval]:
-    """Returns the terms of the federate stages of a recipe; nothing is approved.
+    """Returns what the stages of a recipe ask of clients; nothing is approved.
 
     Loads neither the recipe's data nor its code.
 
     Raises:
-        RecipeError: if there is no such recipe, a setting is wrong, or no stage is federated.
+        RecipeError: if there is no such recipe, a setting is wrong, or no stage asks clients.
     """
     settings = begin.load(recipe, overrides)[1]
     architecture, arguments = _model_of(settings)
     found = []
     for stage in settings.stage:
-        if not isinstance(stage, FederateStage):
+        terms = stage.terms(architecture, arguments, settings.data)
+        if terms is None:
             continue
-        labels = settings.data.label_columns
-        terms = terms_of(stage, architecture, arguments, labels)
         # Only tables have columns. For other sources the words leave out
         # `data.label_columns`.
-        columns = labels if settings.data.reads_table else ()
-        words = words_of(stage, architecture, arguments, columns)
-        found.append(Approval(stage.name, fingerprint_of(terms), tuple(words)))
+        shown = terms if settings.data.reads_table else replace(terms, labels=())
+        found.append(Approval(stage.name, terms.fingerprint, tuple(words_of(shown))))
     if not found:
         raise RecipeError(
             "no stage asks clients for anything",
@@ -87,7 +83,7 @@ def approve(
         withdraw: if True, an earlier approval is withdrawn instead.
 
     Returns:
-        The terms that were approved or withdrawn, one entry per federate stage.
+        The terms that were approved or withdrawn, one entry for each such stage.
 
     Raises:
         RecipeError: see `asked_for`.
@@ -95,7 +91,7 @@ def approve(
     """
     found = asked_for(recipe, overrides)
     book = OwnerLedger(ledger or default_path())
-    # Each stage separately: a server sends one offer per federate stage.
+    # Each stage separately: a server sends one offer for each.
     try:
         for one in found:
             book.approve(one.fingerprint, " ".join(one.words), approved=not withdraw)

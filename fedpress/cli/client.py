@@ -26,6 +26,7 @@ from fedpress.cli.common import (
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
 
+    from fedpress.network.data import ClientData
     from fedpress.network.gate import Gate
     from fedpress.transport.flower import Address
 
@@ -92,8 +93,11 @@ def client(
             place="network",
             cure="give the folder of this client with --network, or --insecure on this machine",
         )
+    from fedpress.network.data import ClientData
+
     with stopping("stopped; state and ledger are kept, the same command goes on"), quit_on_term():
-        _take_part(_who(network, to, name), data, policy, ledger, program, device)
+        who = _who(network, to, name)
+        _take_part(who, ClientData(data, who.table), policy, ledger, program, device)
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class _Who:
         address: address and certificate of the server.
         key: private key by which the server recognises this client; None with --insecure.
         threads: number of threads that torch uses.
+        table: how this client's table is written, where it differs from the server's.
     """
 
     name: str
@@ -113,6 +118,7 @@ class _Who:
     address: Address
     key: ec.EllipticCurvePrivateKey | None
     threads: int
+    table: dict[str, str]
 
 
 def _who(folder: Path | None, to: str | None, name: str | None) -> _Who:
@@ -137,7 +143,9 @@ def _who(folder: Path | None, to: str | None, name: str | None) -> _Who:
         place = found.path
         address = Address(*host_and_port(found.config.server), place / "ca.crt")
         key = keys.read_node_key(place / "node.key")
-        return _Who(found.config.name, place, address, key, found.config.threads)
+        config = found.config
+        table = config.data.model_dump(exclude_none=True)
+        return _Who(config.name, place, address, key, config.threads, table)
     if name is None:
         raise NetworkError("got none", place="name", cure="give --name, such as --name a")
     address = Address(*host_and_port(to or f"{LOOPBACK}:9443"))
@@ -151,7 +159,7 @@ def _who(folder: Path | None, to: str | None, name: str | None) -> _Who:
     # The client's state is kept also with --insecure, so that the client can be started again.
     place = Path(f"client-{name}")
     place.mkdir(exist_ok=True)
-    return _Who(name, place, address, None, 1)
+    return _Who(name, place, address, None, 1, {})
 
 
 def _gate(who: _Who, data: Path, policy: Path | None, ledger: Path | None) -> Gate:
@@ -174,7 +182,7 @@ def _gate(who: _Who, data: Path, policy: Path | None, ledger: Path | None) -> Ga
 
 def _take_part(
     who: _Who,
-    data: Path,
+    own: ClientData,
     policy: Path | None,
     ledger: Path | None,
     program: Path | None,
@@ -184,7 +192,7 @@ def _take_part(
 
     Args:
         who: the client and its server.
-        data: file or folder of the client's data.
+        own: the client's data.
         policy: file with the owner's policy; None: see `_gate`.
         ledger: file of the owner's ledger; None: the ledger of this user.
         program: an exported training program that replaces torch; None: torch trains.
@@ -194,7 +202,6 @@ def _take_part(
 
     from fedpress.network import keys
     from fedpress.network.client import serve
-    from fedpress.network.data import ClientData
     from fedpress.network.identities import FILE, KnownIdentities
     from fedpress.network.node import Correspondence
     from fedpress.network.sessions import Sessions
@@ -202,7 +209,6 @@ def _take_part(
     from fedpress.transport.flower import NodeLink
     from fedpress.workspace import lock
 
-    own = ClientData(data)
     if program is not None:
         from fedpress.deploy.device_model import DeviceModel
 
@@ -217,7 +223,7 @@ def _take_part(
         who.name,
         who.place / "sessions",
         own.arrays,
-        _gate(who, data, policy, ledger),
+        _gate(who, own.path, policy, ledger),
         keys.identity_of(who.place),
         KnownIdentities(who.place / FILE, who.name),
         program,

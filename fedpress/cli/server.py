@@ -194,10 +194,19 @@ def _serve(
     def say(sentence: str) -> None:
         out_stream.print(in_one_line(sentence), markup=False, soft_wrap=True)
 
-    labels = begun.recipe.data.label_columns
+    settings = begun.recipe.data
     hidden = hides_cohort(begun.recipe.stage)
     observed = ObservedLink(link, hidden=hidden)
-    network = ServerNetwork(observed, labels, lost_after, say, min_clients, wait, hidden)
+    network = ServerNetwork(
+        observed,
+        settings.label_columns,
+        lost_after,
+        say,
+        min_clients,
+        wait,
+        hidden,
+        settings.reading,
+    )
     # The check asks the clients whether they accept, so they must be connected.
     network.gather()
     with terminal.waiting(out_stream, "checking that everything fits together"):

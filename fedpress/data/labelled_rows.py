@@ -6,17 +6,21 @@ if this table has other words, other classes or other means.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedpress.core.examples import Arrays
 from fedpress.data import tables
 from fedpress.data.cells import as_text, positions_in
+from fedpress.data.classes import OTHER
 from fedpress.data.columns import Column
+from fedpress.data.gaps import complete
 from fedpress.data.new_rows import prepare
 from fedpress.data.preparation import Preparation
 from fedpress.data.settings import DataSettings
@@ -42,13 +46,14 @@ def labelled_rows(
     Args:
         path: a .csv, .parquet or Arrow file with the columns of the training.
         about: the columns of the network's inputs, with their words.
-        settings: label columns, and how to read the file (delimiter, decimal, encoding); its path,
-            classes and task are ignored.
+        settings: label columns, and how to read the file (delimiter, decimal, encoding, types of
+            labels, missing, unknown); its path, classes and task are ignored.
         task: the network's task, with its classes.
 
     Returns:
         The examples, not standardised, and how many rows were left out: rows without a label, with
-        a label that the task does not know, or with a word that cannot be encoded.
+        a label that the task does not know, with a word that cannot be encoded, or, with
+        missing = "drop", with a missing cell.
 
     Raises:
         DataError: if the file cannot be read, lacks columns, or has no row that can be used.
@@ -59,8 +64,11 @@ def labelled_rows(
             "path": path,
             "task": task.kind,
             "classes": task.names if task.targets == "classes" else None,
-            # A label that the task does not know cannot be learned or measured: its row is dropped.
-            "unknown": "drop",
+            # A label that the task does not know cannot be learned or measured: its row is dropped,
+            # unless the training has made it one of the class "other".
+            "unknown": OTHER if settings.unknown == OTHER else "drop",
+            # An integer id is one of the classes, or its row is dropped as well.
+            "types": {name: "word" for name in settings.types if name in settings.label_columns},
         }
     )
     table = tables.READERS_OF_FILES[settings.source](path, settings)
@@ -78,7 +86,7 @@ def labelled_rows(
         )
     read = tuple(Column.of(table, name, settings) for name in labels)
     targets = READERS[task.targets](read, settings).targets(torch.arange(0))
-    keep = targets.known & _known_words(table, about)
+    keep = targets.known & _complete(table, needed, settings) & _known_words(table, about)
     rows = table.select(needed).filter(keep.numpy()).to_pylist()
     if not rows:
         raise DataError(
@@ -90,6 +98,13 @@ def labelled_rows(
     # they were standardised here, it would happen twice.
     raw = replace(about, mean=(0.0,) * about.width, std=(1.0,) * about.width)
     return Arrays(prepare(rows, raw), targets.y[keep]), table.num_rows - len(rows)
+
+
+def _complete(table: Any, needed: Sequence[str], settings: DataSettings) -> Tensor:
+    """Returns for each row whether it has the cells that it must have, bool [n]."""
+    names = [*settings.label_columns, *(needed if settings.missing == "drop" else ())]
+    mask: np.ndarray = complete(table, names).to_numpy(zero_copy_only=False)
+    return torch.from_numpy(mask.copy())
 
 
 def _known_words(table: Any, about: Preparation) -> Tensor:

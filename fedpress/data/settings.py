@@ -12,6 +12,7 @@ from fedpress import tasks
 from fedpress.data.audio_settings import AudioSettings
 from fedpress.data.column_types import WORDS, ColumnType, checked_type
 from fedpress.data.partition import Partition
+from fedpress.data.reading import Reading
 from fedpress.data.series_settings import SeriesSettings
 from fedpress.data.text_settings import TextSettings
 from fedpress.errors import Argument, FedpressError, SettingError, suggestion
@@ -319,6 +320,14 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         """The columns to be predicted."""
         column = self.label_column
         return (column,) if isinstance(column, str) else column
+
+    @property
+    def reading(self) -> Reading:
+        """How other machines read their own tables as this recipe does."""
+        # Types of the inputs are in the preparation.
+        own = {name: given for name, given in self.types.items() if name in self.label_columns}
+        kept = self.model_dump(include=set(Reading.model_fields) - {"types"})
+        return Reading.model_validate({**kept, "types": own})
 
     def type_of(self, column: str) -> ColumnType | None:
         """Returns the type that the recipe gives to a column; None if it gives none."""

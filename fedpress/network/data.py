@@ -6,7 +6,7 @@ The server's offer (its first message) says which layout this is: columns, label
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -20,6 +20,7 @@ from torch import Tensor
 from fedpress.core.examples import Arrays
 from fedpress.core.inputs import NamedInputs, shape_of, shape_text, tensors_by_name
 from fedpress.data import images
+from fedpress.data.csv import delimiter_of
 from fedpress.data.labelled_rows import TABLES, labelled_rows
 from fedpress.data.preparation import Preparation
 from fedpress.data.settings import DataSettings
@@ -39,8 +40,8 @@ class ClientData:
     Attributes:
         path: a file of arrays (.safetensors or .npz with `x` and `y`), a table (.csv, .parquet), or
             a folder with one subfolder of images for each label, such as `cat/1.png`.
-        keys: how to read a table, by the keys of a recipe's section `[data]`: delimiter, decimal,
-            encoding.
+        keys: how this table is read, where it differs from the server's: delimiter, decimal and
+            encoding, as in `[data]` of a recipe.
     """
 
     path: Path
@@ -89,12 +90,24 @@ class ClientData:
                 place=f"'{self.path}'",
                 cure="give prepared arrays, a .safetensors or .npz file with x and y",
             )
-        settings = DataSettings(
-            source=TABLES[self.path.suffix], path=self.path, label_column=offer.labels, **self.keys
-        )
+        settings = self._settings(offer)
+        about = replace(about, decimal=settings.decimal)
         # The client's side of the stage will standardise the rows.
         arrays, _ = labelled_rows(self.path, about, settings, offer.task)
         return arrays
+
+    def _settings(self, offer: Offer) -> DataSettings:
+        """Returns how the table is read: as the server's, where it does not differ."""
+        how = {**offer.reading.model_dump(), **self.keys}
+        source = TABLES[self.path.suffix]
+        if source == "csv" and "delimiter" not in self.keys:
+            how["delimiter"] = delimiter_of(self.path, how["delimiter"], how["encoding"])
+            # The server's decimal comma cannot be meant in a table whose columns it separates.
+            if how["decimal"] == how["delimiter"]:
+                how["decimal"] = "."
+        return DataSettings.model_validate(
+            {"source": source, "path": self.path, "label_column": offer.labels, **how}
+        )
 
     def _images(self, offer: Offer) -> Arrays:
         """Reads a folder of images, and scales them to the model's input size."""

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError
@@ -56,6 +56,22 @@ class ServerConfig(BaseModel):
     clients: dict[ClientId, str] = Field(description="the public key (node.pub) of each client")
 
 
+class OwnTable(BaseModel):
+    """`[data]` of `client.toml`: how this client's table is written, where it differs."""
+
+    model_config = SETTINGS
+
+    delimiter: str | None = Field(
+        default=None, min_length=1, max_length=1, description="the character between the columns"
+    )
+    decimal: Literal[".", ","] | None = Field(
+        default=None, description="decimal separator of numbers"
+    )
+    encoding: str | None = Field(
+        default=None, description="encoding of a CSV file, such as latin-1"
+    )
+
+
 class ClientConfig(BaseModel):
     """The file `client.toml`: name of the client, and address of its server."""
 
@@ -64,6 +80,10 @@ class ClientConfig(BaseModel):
     name: ClientId = Field(description="name of this client in server.toml")
     server: str = Field(description="host:port of the server")
     threads: int = Field(1, ge=1, description="threads that train; their number affects rounding")
+    data: OwnTable = Field(
+        default=OwnTable(),
+        description="how this client's CSV file is written, unless as the server's",
+    )
 
 
 @dataclass(frozen=True)
@@ -248,7 +268,8 @@ def _make_client(out: Path, name: ClientId, host: str, port: int) -> str:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     config = ClientConfig(name=name, server=address, threads=1)
     (folder / "policy.toml").write_text(POLICY)
-    (folder / "client.toml").write_text(tomli_w.dumps(config.model_dump()))
+    # How its table is written is for its owner to say.
+    (folder / "client.toml").write_text(tomli_w.dumps(config.model_dump(exclude={"data"})))
     (folder / "fedpress-client.service").write_text(client_unit(name))
     (folder / "Dockerfile").write_text(client_dockerfile())
     return public

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedpress.core.log import logger
 from fedpress.core.names import ClientId
+from fedpress.data.reading import Reading
 from fedpress.errors import NetworkError
 from fedpress.transport.link import Link
 from fedpress.transport.remote import LOST_AFTER, RemoteTransport
@@ -35,6 +36,7 @@ class ServerNetwork:
             clients that `server.toml` lists.
         timeout: seconds to wait for these clients; None: without limit.
         hidden: whether only the server may know which clients are asked in a round.
+        reading: how the clients' tables are read, as the recipe says.
     """
 
     link: Link
@@ -44,6 +46,7 @@ class ServerNetwork:
     min_clients: int | None = None
     timeout: float | None = None
     hidden: bool = False
+    reading: Reading = field(default_factory=Reading)
 
     def open(self, session: str, clients: Sequence[ClientId] | None) -> RemoteTransport:
         """Returns a transport to `clients`; see `fedpress.workspace.state.Network`."""

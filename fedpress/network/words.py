@@ -1,17 +1,19 @@
-"""Describes in English sentences what a federate stage asks of a data owner.
+"""Describes in English sentences what a stage of a recipe asks of a data owner.
 
-A federate stage is one training stage of a recipe (the TOML file that describes a run). The owner
-reads the sentences before approving the recipe.
+A stage trains on the clients' rows, or asks for sums over them. The owner reads the sentences
+before approving the recipe (the TOML file that describes a run).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from fedpress.core.canonical import JSON
+from fedpress.models.spec import COLUMN_SUMS
 from fedpress.stages.federate.contract import algorithm_of, counts_are_public, owns_keys
 from fedpress.stages.federate.protection import is_secure, trust_of_stage
 from fedpress.stages.federate.settings import FederateSettings
+from fedpress.stages.federate.terms import Terms
 
 NOISE = {
     "local": "this client adds the noise itself, so the server need not be trusted",
@@ -23,31 +25,10 @@ UNITS = {"sample": "single rows", "client": "all rows of this client together"}
 """Unit of privacy -> what is protected, in words for the owner."""
 
 
-def words_of(
-    stage: FederateSettings,
-    architecture: str,
-    arguments: Mapping[str, JSON],
-    labels: Sequence[str],
-) -> list[str]:
-    """Returns sentences that describe a federate stage: model, rounds, privacy and what is sent.
-
-    Args:
-        stage: settings of the stage.
-        architecture: name of the model's architecture, such as "cnn".
-        arguments: arguments of the architecture, such as `{"width": 8}`.
-        labels: columns that the model predicts; empty if the data are not a table.
-    """
-    # ("*",) matches all parameters, which is the usual case and needs no words.
-    trains = "" if stage.trainable == ("*",) else f" (only {', '.join(stage.trainable)})"
-    given = ", ".join(f"{name} = {value}" for name, value in arguments.items())
-    found = [f"Trains the model '{architecture}'{f' with {given}' if given else ''}{trains}."]
-    if labels:
-        found.append(f"Predicts the columns {', '.join(labels)}.")
-    who = "all clients" if stage.cohort is None else f"{stage.cohort} clients"
-    found.append(
-        f"Asks {who} in each of {stage.num_rounds} rounds; {stage.epochs} epochs of the rows in "
-        f"batches of {stage.batch_size}, by the algorithm {algorithm_of(stage).kind}."
-    )
+def words_of(terms: Terms) -> list[str]:
+    """Returns sentences that describe a stage: what is asked, privacy, and what is sent."""
+    stage = terms.settings
+    found = ASKED.get(terms.architecture, _training)(terms)
     if is_secure(stage):
         # In capitals: a server that knows the seed can compute the keys and unmask single updates.
         keys = "drawn on this machine" if owns_keys(stage) else "THAT FOLLOW FROM THE SEED"
@@ -60,6 +41,47 @@ def words_of(
         coded = ", ".join(codec.kind for codec in stage.uplink)
         found.append(f"Updates are coded by {coded}.")
     return found
+
+
+def _training(terms: Terms) -> list[str]:
+    """Returns sentences about a training: model and rounds."""
+    stage = terms.settings
+    # ("*",) matches all parameters, which is the usual case and needs no words.
+    trains = "" if stage.trainable == ("*",) else f" (only {', '.join(stage.trainable)})"
+    given = ", ".join(f"{name} = {value}" for name, value in terms.arguments.items())
+    model = f"'{terms.architecture}'{f' with {given}' if given else ''}{trains}"
+    found = [f"Trains the model {model}."]
+    if terms.labels:
+        found.append(f"Predicts the columns {', '.join(terms.labels)}.")
+    who = "all clients" if stage.cohort is None else f"{stage.cohort} clients"
+    found.append(
+        f"Asks {who} in each of {stage.num_rounds} rounds; {stage.epochs} epochs of the rows in "
+        f"batches of {stage.batch_size}, by the algorithm {algorithm_of(stage).kind}."
+    )
+    return found
+
+
+def _query(terms: Terms) -> list[str]:
+    """Returns sentences about a query: the columns of which sums are asked."""
+    asked: Mapping[str, Any] = terms.arguments
+    found = ["Trains nothing: asks all clients once for one update, which is sums over their rows."]
+    if asked["bounds"]:
+        what = "mean and standard deviation" if not asked["bins"] else "median and quartiles"
+        shown = [f"{name} ({low:g} to {high:g})" for name, (low, high) in asked["bounds"].items()]
+        found.append(f"Asks for {what} of {', '.join(shown)}; values beyond count as the bound.")
+    if asked["gaps"]:
+        found.append("Counts how many rows have a value, for each column.")
+    if asked["words"]:
+        every = asked["words"] == "all"
+        where = "every column of words" if every else ", ".join(asked["words"])
+        found.append(f"Counts how often each word of a list that the server sends is in {where}.")
+    if terms.labels:
+        found.append(f"Leaves out rows without a known value of {', '.join(terms.labels)}.")
+    return found
+
+
+ASKED: dict[str, Callable[[Terms], list[str]]] = {COLUMN_SUMS: _query}
+"""Architecture -> what a stage asks for, in words; any other one is trained."""
 
 
 def _promise(stage: FederateSettings) -> list[str]:

@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import JsonValue
 
+from fedpress.core.canonical import JSON
 from fedpress.data import Preparation
+from fedpress.data.settings import DataSettings
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import State, Tick
+
+if TYPE_CHECKING:
+    from fedpress.stages.federate.terms import Terms
 
 DIFFERENCES = "told"
 """Key in the result of a stage. Its value maps a setting to a sentence on how the result differs
@@ -89,6 +94,18 @@ class Stage:
             about: how they are prepared before the stage.
         """
         return about
+
+    def terms(
+        self, architecture: str, arguments: Mapping[str, JSON], data: DataSettings
+    ) -> Terms | None:
+        """Returns what the stage asks of the owners of the clients' data; None: nothing.
+
+        Args:
+            architecture: name of the recipe's architecture.
+            arguments: its arguments.
+            data: the `[data]` table of the recipe. The data themselves are not read.
+        """
+        return None
 
     def setting_reading_labels(self) -> str:
         """Returns the setting because of which the stage reads labels, such as 'score = "taylor"'.

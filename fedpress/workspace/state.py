@@ -15,6 +15,7 @@ from torch import nn
 
 from fedpress.core.inputs import Inputs
 from fedpress.data import FederatedData
+from fedpress.data.reading import Reading
 from fedpress.models import ModelSpec
 from fedpress.privacy.ledger import Ledger
 from fedpress.training.device import find
@@ -47,6 +48,11 @@ class Network(Protocol):
     @property
     def labels(self) -> tuple[str, ...]:
         """The columns to predict if the clients' data are tables."""
+        ...
+
+    @property
+    def reading(self) -> Reading:
+        """How clients read their tables, if they are no other than the server's."""
         ...
 
     def told(self, sentence: str, /) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpress.core import parameters
+from fedpress.data.reading import Reading
 from fedpress.federation import Start
 from fedpress.network.gate import Gate
 from fedpress.network.sessions import Sessions
@@ -60,6 +61,7 @@ class Machines:
     gates: dict[str, Gate]
     text: str = RECIPE + PRIVATE
     labels: tuple[str, ...] = ("label",)
+    reading: Reading = field(default_factory=Reading)
     opened: list[str] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
     asked: list[tuple[str, str]] = field(default_factory=list)

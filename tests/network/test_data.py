@@ -67,6 +67,7 @@ def offer_of(text):
         seed=0,
         inputs=None if preparation is None else preparation.to_json(),
         labels=recipe.data.label_columns,
+        reading=recipe.data.reading,
     )
     # As a client reads it.
     return data, Offer.from_message(offer.to_message({"stage": "federate"}))
@@ -139,11 +140,77 @@ def test_the_order_of_columns_and_other_columns_change_nothing(visits, tmp_path)
     equal(ClientData(path).arrays(offer), data.clients["north"])
 
 
-def test_a_delimiter_of_its_own_is_given_as_a_key(visits, tmp_path):
+def test_a_delimiter_of_its_own_is_seen_or_given_as_a_key(visits, tmp_path):
     rows, data, offer = visits
     path = write_csv(tmp_path / "own.csv", rows["north"])
     path.write_text(path.read_text().replace(",", ";"))
-    equal(ClientData(path, {"delimiter": ";"}).arrays(offer), data.clients["north"])
+    for keys in ({}, {"delimiter": ";"}):
+        equal(ClientData(path, keys).arrays(offer), data.clients["north"])
+
+
+def european(folder, rows):
+    """Writes a table with semicolons, decimal commas and an umlaut in latin-1."""
+    path = write_csv(
+        folder, [{**row, "job": row["job"].replace("nurse", "ärztin")} for row in rows]
+    )
+    text = path.read_text().replace(",", ";").replace(".", ",")
+    path.write_bytes(text.encode("latin-1"))
+    return path
+
+
+def test_a_table_is_read_as_the_recipe_reads_the_servers(visits, tmp_path):
+    rows = visits[0]
+    path = european(tmp_path / "european.csv", [row for part in rows.values() for row in part])
+    text = TABLE.format(path=path).replace(
+        "[model]", 'delimiter = ";"\ndecimal = ","\nencoding = "latin-1"\n[model]'
+    )
+    data, offer = offer_of(text)
+    own = european(tmp_path / "own.csv", rows["north"])
+    equal(ClientData(own).arrays(offer), data.clients["north"])
+    # This one is written in the other way.
+    plain = own.read_bytes().decode("latin-1").replace(",", ".").replace(";", ",")
+    own.write_text(plain)
+    equal(ClientData(own, {"encoding": "utf-8"}).arrays(offer), data.clients["north"])
+
+
+def test_rows_with_gaps_are_left_out_if_the_recipe_drops_them(visits, tmp_path):
+    rows = visits[0]
+    gaps = [{**row, "age": ""} for row in rows["north"][:3]]
+    everything = [row for part in rows.values() for row in part]
+    path = write_csv(tmp_path / "all.csv", [*everything, *gaps])
+    data, offer = offer_of(TABLE.format(path=path).replace("[model]", 'missing = "drop"\n[model]'))
+    own = write_csv(tmp_path / "own.csv", [*gaps, *rows["north"]])
+    equal(ClientData(own).arrays(offer), data.clients["north"])
+
+
+@pytest.mark.parametrize("kind", ["word", "integer id"])
+def test_labels_are_of_the_type_that_the_recipe_gives_them(visits, tmp_path, kind):
+    codes = {"healthy": "01", "ill": "1"}
+    rows = {
+        name: [{**row, "outcome": codes[row["outcome"]]} for row in part]
+        for name, part in visits[0].items()
+    }
+    path = write_csv(tmp_path / "codes.csv", [row for part in rows.values() for row in part])
+    text = TABLE.format(path=path).replace("[model]", f'types = {{ outcome = "{kind}" }}\n[model]')
+    data, offer = offer_of(text)
+    assert data.class_names == ("01", "1")
+    own = write_csv(tmp_path / "own.csv", rows["north"])
+    equal(ClientData(own).arrays(offer), data.clients["north"])
+    # What is no id has no class. An error would send the value to the server.
+    own.write_text(own.read_text() + "north,50,140.0,cook,secret\n")
+    equal(ClientData(own).arrays(offer), data.clients["north"])
+
+
+def test_an_unknown_label_is_of_the_class_other_if_the_recipe_says_so(visits, tmp_path):
+    rows = visits[0]
+    strange = [{**row, "outcome": "unclear"} for row in rows["north"][:3]]
+    everything = [row for part in rows.values() for row in part]
+    path = write_csv(tmp_path / "all.csv", [*everything, *strange])
+    text = TABLE.format(path=path).replace("[model]", 'unknown = "other"\n[model]')
+    text = text.replace("in_features = 5, num_classes = 2", "hidden = [4]")
+    data, offer = offer_of(text)
+    own = write_csv(tmp_path / "own.csv", [*strange, *rows["north"]])
+    equal(ClientData(own).arrays(offer), data.clients["north"])
 
 
 def test_rows_with_an_unknown_label_are_left_out(visits, tmp_path):

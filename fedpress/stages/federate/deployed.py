@@ -62,20 +62,7 @@ def bind_deployed(
         seed=state.seed,
         device=state.device,
     )
-    inputs = None
-    # Clients read rows of a table by it, and nothing else yet.
-    if data.preparation is not None and data.preparation.of_rows:
-        inputs = data.preparation.to_json()
-    offer = Offer.of(
-        stage,
-        state.spec,
-        state.model,
-        preprocess=data.preprocess,
-        task=data.task,
-        seed=state.seed,
-        inputs=inputs,
-        labels=network.labels,
-    )
+    offer = offer_of(stage, state, network)
     # Names are left out ([]): the name of the storage folder is a hash of settings and client
     # names, and the names are not known before the folder is read.
     memory = memories_of(common, [], folder)[1]
@@ -107,6 +94,26 @@ def bind_deployed(
         secret=secret_of(memory) if secure_noise else None,
         population=population,
         earlier=earlier,
+    )
+
+
+def offer_of(stage: FederateSettings, state: State, network: Network) -> Offer:
+    """Returns the offer of a stage to the clients of `network`."""
+    data = state.data
+    inputs = None
+    # Clients read rows of a table by it, and nothing else yet.
+    if data.preparation is not None and data.preparation.of_rows:
+        inputs = data.preparation.to_json()
+    return Offer.of(
+        stage,
+        state.spec,
+        state.model,
+        preprocess=data.preprocess,
+        task=data.task,
+        seed=state.seed,
+        inputs=inputs,
+        labels=network.labels,
+        reading=network.reading,
     )
 
 

@@ -9,8 +9,7 @@ The client checks both like a file from an unknown source.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,48 +21,20 @@ from fedpress.core import consent
 from fedpress.core.canonical import JSON
 from fedpress.core.examples import Preprocess
 from fedpress.core.random import STREAMS, derive
-from fedpress.core.random import fingerprint as digest_of
 from fedpress.core.settings import SETTINGS
+from fedpress.data.reading import Reading
 from fedpress.errors import FedpressError, WireError
 from fedpress.federation.protocol import read_text, text_tensor
-from fedpress.models import ARCHITECTURES, DATA_SIZES, ModelSpec
+from fedpress.models import ModelSpec
 from fedpress.stages.federate.contract import CommonInputs
 from fedpress.stages.federate.flat_model import Entry, join, split
 from fedpress.stages.federate.settings import FederateSettings
+from fedpress.stages.federate.terms import Terms, terms_of_offer
 from fedpress.tasks import Task
 from fedpress.wire.message import Message
 
 # Entries of the message: three JSON texts, and the model's vectors (see `flat_model`).
 TEXTS = ("settings", "spec", "facts")
-
-
-def terms_of(
-    stage: FederateSettings,
-    architecture: str,
-    arguments: Mapping[str, JSON],
-    labels: Sequence[str],
-) -> dict[str, Any]:
-    """Returns what the owner of a client's data agrees to: settings, architecture and labels.
-
-    The terms must follow from a recipe alone, so that owners can approve them early. So they do not
-    contain anything that depends on the server's data, such as the names of classes, or the sizes
-    of a built-in network that a recipe may leave out.
-    """
-    # `stage` may be the stage class itself, so it is converted to its settings class. Simulated
-    # delays are left out: clients over a network take real time.
-    settings = FederateSettings.model_validate({**stage.model_dump(), "delays": None})
-    follows = DATA_SIZES if architecture in ARCHITECTURES else ()
-    own = {name: value for name, value in arguments.items() if name not in follows}
-    return {
-        "settings": settings.model_dump(mode="json", exclude_defaults=True),
-        "model": {"architecture": architecture, "arguments": own},
-        "labels": list(labels),
-    }
-
-
-def fingerprint_of(terms: Mapping[str, Any]) -> str:
-    """Returns the digest of `terms`, 16 hexadecimal digits."""
-    return digest_of(json.dumps(terms, sort_keys=True))[:16]
 
 
 def code_named(message: Message) -> list[str]:
@@ -102,6 +73,7 @@ class _Facts(BaseModel):
     task: dict[str, Any]
     inputs: dict[str, Any] | None
     labels: tuple[str, ...]
+    reading: Reading
     entries: tuple[Entry, ...]
 
 
@@ -120,6 +92,7 @@ class Offer:
         inputs: how columns of a table become inputs (see `Preparation.to_json`); None for data that
             are not tables.
         labels: columns to predict, for a table.
+        reading: how a table is read, such as its delimiter.
         fedpress: version of fedpress on the server.
         streams: version of the server's random streams. Other versions draw other numbers.
     """
@@ -132,6 +105,7 @@ class Offer:
     task: Task
     inputs: dict[str, Any] | None = None
     labels: tuple[str, ...] = ()
+    reading: Reading = field(default_factory=Reading)
     fedpress: str = __version__
     streams: int = STREAMS
 
@@ -147,6 +121,7 @@ class Offer:
         seed: int,
         inputs: dict[str, Any] | None = None,
         labels: tuple[str, ...] = (),
+        reading: Reading | None = None,
     ) -> Offer:
         """Creates the server's offer.
 
@@ -160,6 +135,7 @@ class Offer:
             seed: seed of the run, from which the seed of the stage is derived.
             inputs: how columns of a table become inputs.
             labels: columns to predict, for a table.
+            reading: how a table is read; None: as by default.
         """
         tensors = {}
         for name, tensor in model.state_dict().items():
@@ -170,7 +146,8 @@ class Offer:
         own = derive(seed, "federate", stage.name)
         # The preparation travels as `inputs`, of this server's data.
         spec = spec.model_copy(update={"preparation": {}})
-        return cls(settings, spec, tensors, own, preprocess, task, inputs, labels)
+        how = reading or Reading()
+        return cls(settings, spec, tensors, own, preprocess, task, inputs, labels, how)
 
     def to_message(self, header: dict[str, JSON]) -> Message:
         """Returns the offer as a message with the entries of `header`."""
@@ -185,6 +162,7 @@ class Offer:
             task=self.task.to_json(),
             inputs=self.inputs,
             labels=self.labels,
+            reading=self.reading,
             entries=entries,
         )
         return Message(
@@ -240,6 +218,7 @@ class Offer:
             task,
             facts.inputs,
             facts.labels,
+            facts.reading,
             facts.fedpress,
             facts.streams,
         )
@@ -279,15 +258,22 @@ class Offer:
         )
 
     @property
-    def terms(self) -> dict[str, Any]:
+    def terms(self) -> Terms:
         """What the owner of a client's data agrees to: settings, architecture and labels.
 
         Weights and seed are not part of the terms. So the terms follow from a recipe alone, and
         owners can approve them before the run.
         """
-        return terms_of(self.stage, self.spec.architecture, self.spec.arguments, self.labels)
+        return terms_of_offer(
+            self.stage,
+            self.spec.architecture,
+            self.spec.arguments,
+            self.labels,
+            task=self.task.kind,
+            inputs=self.inputs,
+        )
 
     @property
     def fingerprint(self) -> str:
         """Digest of `terms`, 16 hexadecimal digits."""
-        return fingerprint_of(self.terms)
+        return self.terms.fingerprint

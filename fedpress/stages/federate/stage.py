@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from fedpress.codecs import Clip, Settings
 from fedpress.core import parameters
+from fedpress.core.canonical import JSON
+from fedpress.data.settings import DataSettings
 from fedpress.errors import RecipeError
 from fedpress.nn.compact import expand_
 from fedpress.stages.base import Stage
@@ -19,6 +21,7 @@ from fedpress.stages.federate.rehearsal import rehearse
 from fedpress.stages.federate.rounds import FederatedRounds
 from fedpress.stages.federate.server import ServerSide
 from fedpress.stages.federate.settings import FederateSettings
+from fedpress.stages.federate.terms import Terms
 from fedpress.training.evaluate import evaluate
 from fedpress.workspace.drive import drive
 from fedpress.workspace.stage_folder import StageFolder
@@ -53,6 +56,10 @@ class FederateStage(FederateSettings, Stage):
     def private(self) -> bool:
         """Whether the stage guarantees differential privacy to the clients."""
         return self.privacy is not None
+
+    def terms(self, architecture: str, arguments: Mapping[str, JSON], data: DataSettings) -> Terms:
+        """See `Stage.terms`."""
+        return Terms(self, architecture, arguments, data.label_columns)
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Plans codecs, privacy and schedule; trains nothing.

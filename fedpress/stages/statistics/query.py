@@ -16,8 +16,6 @@ from fedpress.federation import trust_of
 from fedpress.models.column_sums import ColumnSums, Number
 from fedpress.stages.statistics.settings import StatisticsSettings
 
-BINS = 64
-"""Bins between the bounds of a column, from which quantiles are computed."""
 QUARTILES = (0.25, 0.5, 0.75)
 LEAST = 1e-6
 """Shares of rows below this one count as this one, so that nothing is divided by 0."""
@@ -85,13 +83,12 @@ class Query:
     @property
     def arguments(self) -> dict[str, JsonValue]:
         """The arguments of the network that makes the sums, see `ColumnSums`."""
-        bins = BINS if self.settings.method == "quantiles" else 0
         numbers: list[JsonValue] = []
         flags: list[JsonValue] = []
         for at, column in self._asked():
             if column.kind == "number":
                 low, high = self.settings.bounds[column.name]
-                numbers.append([at, low, high, bins])
+                numbers.append([at, low, high, self.settings.bins])
             else:
                 flags.append([at, column.width])
         private = self.settings.privacy

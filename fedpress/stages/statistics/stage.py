@@ -8,13 +8,15 @@ federated training.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 from pydantic import JsonValue
 
+from fedpress.core.canonical import JSON
 from fedpress.data.preparation import Preparation
+from fedpress.data.settings import DataSettings
 from fedpress.data.statistics import settled, with_few_words
 from fedpress.errors import RecipeError, TrainingError
 from fedpress.models import ModelSpec
@@ -24,7 +26,9 @@ from fedpress.stages.base import Stage
 from fedpress.stages.federate.binding import bind
 from fedpress.stages.federate.records import stage_facts
 from fedpress.stages.federate.server import ServerSide
+from fedpress.stages.federate.settings import SecureSumSettings
 from fedpress.stages.federate.stage import FederateStage
+from fedpress.stages.federate.terms import Terms, query_arguments
 from fedpress.stages.statistics.query import Query, weak_columns
 from fedpress.stages.statistics.settings import StatisticsSettings
 from fedpress.tasks import ColumnSums as SumsTask
@@ -55,6 +59,13 @@ class StatisticsStage(StatisticsSettings, Stage):
     def prepared_shape(self, about: Preparation) -> Preparation:
         """Returns the columns with as many words as they keep."""
         return with_few_words(about, self.words)
+
+    def terms(self, architecture: str, arguments: Mapping[str, JSON], data: DataSettings) -> Terms:
+        """See `Stage.terms`."""
+        # Missing cells are filled by the query's answer, so it counts them.
+        gaps = data.missing == "mean"
+        asked = query_arguments(self.bounds, self.bins, tuple(self.words), gaps)
+        return Terms(self._round(), COLUMN_SUMS, asked, data.label_columns)
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Plans the query; asks for nothing.
@@ -145,20 +156,22 @@ class StatisticsStage(StatisticsSettings, Stage):
             score=0.0,
             given=None,
         )
-        stage = FederateStage.model_validate(
+        return asking, self._round(clip_norm=network.norm)
+
+    def _round(self, **privacy: float) -> FederateStage:
+        """Returns the stage of the one round; `privacy` adds keys to its privacy."""
+        return FederateStage.model_validate(
             {
                 "kind": "federate",
                 "name": self.name,
                 "num_rounds": 1,
                 "batch_size": ALL,
                 "lr": 1.0,
-                "secure_keys": self.secure_keys,
-                "max_dropout": self.max_dropout,
                 "scored_clients": 0,
-                "privacy": {**self.privacy.model_dump(), "clip_norm": network.norm},
+                "privacy": {**self.privacy.model_dump(), **privacy},
+                **self.model_dump(include=set(SecureSumSettings.model_fields)),
             }
         )
-        return asking, stage
 
     def _after(self, state: State, about: Preparation, asked: State) -> State:
         """Returns the state with the statistics in `about`, and the charges of `asked`."""

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from fedpress.api.approving import approve, asked_for
 from fedpress.core.examples import Arrays
 from fedpress.data import Preparation, statistics
 from fedpress.network.data import ClientData
 from fedpress.network.gate import NoPolicy
+from fedpress.network.ledger import DataKey, OwnerLedger
+from fedpress.network.owner import OwnerGate
+from fedpress.network.policy import Policy, PrivacyRules
 from fedpress.network.sessions import Sessions
+from fedpress.network.status import status
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.start import load_data
+from fedpress.pipeline.start import first_state, load_data
+from fedpress.stages.federate.deployed import offer_of
 from fedpress.stages.federate.offer import Offer
 from fedpress.workspace.folder import RunFolder
 from tests.harness import finish
@@ -61,6 +70,109 @@ def test_clients_answer_from_their_own_tables(tmp_path):
     assert age["mean"] == pytest.approx(49.8, abs=4 * age["error"])
     assert found["stages"][0]["words"] == {"job": ["cook", "nurse"]}
     assert found["finished"]
+
+
+def machines(place: Path, text: str, rules: Policy) -> Elsewhere:
+    """Two clients, of which the first has an owner with rules."""
+    Elsewhere.readers = {
+        path.stem: ClientData(path).arrays for path in sorted((place / "clients").iterdir())
+    }
+    book = OwnerLedger(place / "ledger.sqlite")
+    gates = {name: NoPolicy() for name in Elsewhere.readers}
+    gates["c0"] = OwnerGate(rules, book, book.data(DataKey("/own", "digest of own")))
+    found = Elsewhere(place / "machines", gates, text)
+    found.labels = ("outcome",)
+    found.reading = found.recipe.data.reading
+    return found
+
+
+def executed(network: Elsewhere, text: str, place: Path) -> dict:
+    run = RunFolder.create(place, text, settings_of(network.recipe))
+    data = network.data.without_clients()
+    for _ in runs.execute(network.recipe, run, data, network=network):
+        pass
+    return json.loads((place / "result.json").read_text())
+
+
+VARIANTS = {
+    "moments": {},
+    "quantiles": {"stage.0.method": "quantiles"},
+    "without gaps": {"data.missing": "drop"},
+    "the noise of all clients": {"stage.0.privacy.trust": "distributed"},
+    "clients": {"stage.0.privacy.unit": "client"},
+}
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_recipe_alone_gives_the_fingerprint_of_the_query_that_is_offered(tmp_path, variant):
+    text = written(tmp_path / "clients") + FIRST + TRAINING
+    keys = [f"{key}={value}" for key, value in VARIANTS[variant].items()]
+    recipe = recipes.load(text, keys)
+    state = first_state(recipe, load_data(recipe))
+    query = recipe.stage[0].query(state)
+    offer = offered(recipe, *recipe.stage[0].as_round(state, query))
+    assert asked_for(tomllib.loads(text), keys)[0].fingerprint == offer.fingerprint
+    others = {
+        asked_for(tomllib.loads(text), [f"{key}={value}" for key, value in other.items()])[
+            0
+        ].fingerprint
+        for name, other in VARIANTS.items()
+        if name != variant
+    }
+    assert offer.fingerprint not in others
+
+
+def offered(recipe, asking, stage, **spec) -> Offer:
+    """Returns an offer as a client reads it; `spec` replaces fields of the model's spec."""
+    network = SimpleNamespace(labels=recipe.data.label_columns, reading=recipe.data.reading)
+    changed = replace(asking, spec=asking.spec.model_copy(update=spec))
+    offer = offer_of(stage, changed, network)
+    return Offer.from_message(offer.to_message({"stage": "statistics"}))
+
+
+HARMFUL = {
+    "other bounds": {"numbers": [[0, 30.0, 31.0, 0], [1, 0.0, 2e5, 0]]},
+    "columns in the place of others": {"numbers": [[1, 0.0, 110.0, 0], [0, 0.0, 2e5, 0]]},
+    "squares of words": {"numbers": [[0, 0.0, 110.0, 0], [2, 0.0, 2e5, 0]]},
+    "one column twice": {"numbers": [[0, 0.0, 110.0, 0], [0, 0.0, 2e5, 0]]},
+    "counts of another column": {"flags": [[0, 1]]},
+    "counts of a part of a column": {"flags": [[2, 1]]},
+    "a position that is none": {"flags": [[99, 1]]},
+    "counts without gaps": {"gaps": False},
+}
+
+
+@pytest.mark.parametrize("case", HARMFUL)
+def test_a_query_that_asks_for_something_else_is_another_one(tmp_path, case):
+    text = written(tmp_path / "clients") + FIRST + TRAINING
+    recipe = recipes.load(text)
+    state = first_state(recipe, load_data(recipe))
+    asking, stage = recipe.stage[0].as_round(state, recipe.stage[0].query(state))
+    approved = asked_for(tomllib.loads(text))[0].fingerprint
+    assert offered(recipe, asking, stage).fingerprint == approved
+    arguments = {**asking.spec.arguments, **HARMFUL[case]}
+    assert offered(recipe, asking, stage, arguments=arguments).fingerprint != approved
+
+
+@pytest.mark.recipe
+def test_an_owner_approves_the_query_before_it_is_asked_and_it_is_charged_once(tmp_path):
+    text = written(tmp_path / "clients") + FIRST + TRAINING
+    rules = Policy(require_approval=True, privacy=PrivacyRules(secure_noise=False, delta=1e-3))
+    network = machines(tmp_path, text, rules)
+    executed(network, text, tmp_path / "refused")
+    [told] = {one for one in network.sentences if "require_approval" in one}
+    assert told.startswith("client 'c0' does not take part")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(text)
+    query, training = approve(recipe, ledger=tmp_path / "ledger.sqlite")
+    assert "age (0 to 110), income (0 to 200000)" in " ".join(query.words)
+    found = executed(network, text, tmp_path / "run")
+    assert found["stages"][0]["clients"] == 3
+    rows = {row.stage: row for row in status(network.gates["c0"].ledger, rules)}
+    assert rows["statistics"].epsilon == pytest.approx(2.0, rel=1e-3)
+    assert rows["statistics"].answered == 1
+    assert rows["federate"].recipe == training.fingerprint
 
 
 @pytest.mark.recipe

@@ -10,8 +10,8 @@ from fedpress.core.examples import MISSING
 from fedpress.data.preparation import InputColumn, Preparation
 from fedpress.models.column_sums import ColumnSums, Number
 from fedpress.privacy.per_example.gradients import clipped_gradient_sum
-from fedpress.stages.statistics.query import BINS, Query, quantile
-from fedpress.stages.statistics.settings import StatisticsSettings
+from fedpress.stages.statistics.query import Query, quantile
+from fedpress.stages.statistics.settings import BINS, StatisticsSettings
 from fedpress.tasks import ColumnSums as SumsTask
 
 PRIVACY = {"unit": "sample", "epsilon": 1.0}
