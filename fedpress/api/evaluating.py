@@ -23,7 +23,8 @@ from fedpress.api.continuing import continuations, next_logits
 from fedpress.api.predictors import Predictor, predictor_of
 from fedpress.core.inputs import Inputs
 from fedpress.data import FederatedData, Preparation
-from fedpress.data.labelled_rows import TABLES, labelled_rows
+from fedpress.data.labelled import KINDS
+from fedpress.data.labelled_rows import TABLES
 from fedpress.data.preparation_parts import TextPart
 from fedpress.data.raw_inputs import Table as RawTable
 from fedpress.data.raw_inputs import UnknownWords
@@ -124,21 +125,23 @@ def evaluate(
 
 
 def _with_rows(loaded: FederatedData, table: Path, settings: DataSettings) -> FederatedData:
-    """Returns the data set with all rows of another table as its test part.
+    """Returns the data set with all rows of another table, or windows over them, as its test part.
 
     Raises:
         DataError: if the data of the run are no table, or the other table does not fit them.
     """
-    if loaded.preparation is None or not loaded.preparation.of_rows:
+    if loaded.preparation is None or loaded.preparation.kind not in KINDS:
         raise DataError(
-            "the model was not trained on rows of a table, by a run that is known here",
+            "the model was not trained on a table, by a run that is known here",
             place=f"'{table}'",
             cure=("give ", Argument("data", "(INPUTS, LABELS)"), ", or a source and its path"),
         )
-    rows, left_out = labelled_rows(table, loaded.preparation, settings, loaded.task)
+    read = KINDS[loaded.preparation.kind]
+    rows, left_out = read(table, loaded.preparation, settings, loaded.task)
     if left_out:
+        what = "rows" if loaded.preparation.of_rows else "windows"
         warnings.warn(
-            f"{left_out} rows of '{table}' are left out: they have no label, or a label or word "
+            f"{left_out} {what} of '{table}' are left out: they have no label, or a label or word "
             "that the run does not know",
             stacklevel=3,
         )

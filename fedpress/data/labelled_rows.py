@@ -19,6 +19,7 @@ from fedpress.core.examples import Arrays
 from fedpress.data import tables
 from fedpress.data.cells import as_text, positions_in
 from fedpress.data.classes import OTHER
+from fedpress.data.column_types import WORDS
 from fedpress.data.columns import Column
 from fedpress.data.gaps import complete
 from fedpress.data.new_rows import prepare
@@ -58,35 +59,14 @@ def labelled_rows(
     Raises:
         DataError: if the file cannot be read, lacks columns, or has no row that can be used.
     """
-    settings = settings.model_copy(
-        update={
-            "source": TABLES[path.suffix],
-            "path": path,
-            "task": task.kind,
-            "classes": task.names if task.targets == "classes" else None,
-            # A label that the task does not know cannot be learned or measured: its row is dropped,
-            # unless the training has made it one of the class "other".
-            "unknown": OTHER if settings.unknown == OTHER else "drop",
-            # An integer id is one of the classes, or its row is dropped as well.
-            "types": {name: "word" for name in settings.types if name in settings.label_columns},
-        }
-    )
+    settings = settings_of_rows(path, settings, task)
     table = tables.READERS_OF_FILES[settings.source](path, settings)
     needed = [column.name for column in about.columns]
     labels = settings.label_columns
-    missing = [name for name in [*needed, *labels] if name not in table.column_names]
-    if missing:
-        has = f"it has {', '.join(table.column_names)}"
-        if meant := tables.similar_columns(missing, table.column_names):
-            has = f"{meant} {has}"
-        raise DataError(
-            f"it lacks the columns {', '.join(missing)} ({has})",
-            place=f"'{path}'",
-            cure="name its columns as the recipe does",
-        )
+    refuse_lacking(path, table, needed, labels)
     read = tuple(Column.of(table, name, settings) for name in labels)
     targets = READERS[task.targets](read, settings).targets(torch.arange(0))
-    keep = targets.known & _complete(table, needed, settings) & _known_words(table, about)
+    keep = targets.known & _complete(table, needed, settings) & known_words(table, about)
     rows = table.select(needed).filter(keep.numpy()).to_pylist()
     if not rows:
         raise DataError(
@@ -100,6 +80,51 @@ def labelled_rows(
     return Arrays(prepare(rows, raw), targets.y[keep]), table.num_rows - len(rows)
 
 
+def settings_of_rows(path: Path, settings: DataSettings, task: Task) -> DataSettings:
+    """Returns the settings by which another table than that of the training is read.
+
+    Args:
+        path: the table.
+        settings: those of the training.
+        task: the network's task, with its classes.
+    """
+    return settings.model_copy(
+        update={
+            "source": TABLES[path.suffix],
+            "path": path,
+            "task": task.kind,
+            "classes": task.names if task.targets == "classes" else None,
+            # A label that the task does not know cannot be learned or measured: its row is dropped,
+            # unless the training has made it one of the class "other".
+            "unknown": OTHER if settings.unknown == OTHER else "drop",
+            # An integer id is one of the classes, or its row is dropped as well.
+            "types": {
+                name: "word" if given in WORDS else given
+                for name, given in settings.types.items()
+                if name in settings.label_columns
+            },
+        }
+    )
+
+
+def refuse_lacking(path: Path, table: Any, needed: Sequence[str], labels: Sequence[str]) -> None:
+    """Checks that a table has the columns of the inputs and of the labels.
+
+    Raises:
+        DataError: if it lacks some; the error names similar ones.
+    """
+    missing = [name for name in dict.fromkeys([*needed, *labels]) if name not in table.column_names]
+    if missing:
+        has = f"it has {', '.join(table.column_names)}"
+        if meant := tables.similar_columns(missing, table.column_names):
+            has = f"{meant} {has}"
+        raise DataError(
+            f"it lacks the columns {', '.join(missing)} ({has})",
+            place=f"'{path}'",
+            cure="name its columns as the recipe does",
+        )
+
+
 def _complete(table: Any, needed: Sequence[str], settings: DataSettings) -> Tensor:
     """Returns for each row whether it has the cells that it must have, bool [n]."""
     names = [*settings.label_columns, *(needed if settings.missing == "drop" else ())]
@@ -107,7 +132,7 @@ def _complete(table: Any, needed: Sequence[str], settings: DataSettings) -> Tens
     return torch.from_numpy(mask.copy())
 
 
-def _known_words(table: Any, about: Preparation) -> Tensor:
+def known_words(table: Any, about: Preparation) -> Tensor:
     """Returns for each row whether it can be encoded, bool [n].
 
     A column with `unknown == "refused"` has no code for words that are not in its list.

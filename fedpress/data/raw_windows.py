@@ -61,7 +61,7 @@ def read_windows(rows: Any, about: Preparation, unknown: UnknownWords) -> RawInp
     # With this name each file of the training was a series of its own.
     if FILE in ask.by and FILE not in given.columns and isinstance(rows, str | Path):
         given.columns[FILE] = [Path(rows).stem] * len(next(iter(given.columns.values()), []))
-    inputs = _columns_of_file(about, ask)
+    inputs = columns_of_file(about, ask)
     placed = [*ask.by, *ask.order_columns]
     needed = list(dict.fromkeys([*placed, *inputs]))
     given.refuse_missing(needed)
@@ -90,7 +90,7 @@ def read_windows(rows: Any, about: Preparation, unknown: UnknownWords) -> RawInp
     )
 
 
-def _columns_of_file(about: Preparation, ask: SeriesSettings) -> list[str]:
+def columns_of_file(about: Preparation, ask: SeriesSettings) -> list[str]:
     """Returns the columns of inputs that a file must have: all but lags and calendar."""
     made = {lag_name(label, lag) for label in about.labels for lag in ask.lags}
     made |= {*calendar_names(ask.calendar)}

@@ -24,3 +24,4 @@ class Reading(BaseModel):
     missing: Literal["error", "drop", "mean"] = "error"
     unknown: Literal["drop", "other"] | None = None
     types: dict[str, str] = {}
+    client_column: str | None = None

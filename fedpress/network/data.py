@@ -21,7 +21,8 @@ from fedpress.core.examples import Arrays
 from fedpress.core.inputs import NamedInputs, shape_of, shape_text, tensors_by_name
 from fedpress.data import images
 from fedpress.data.csv import delimiter_of
-from fedpress.data.labelled_rows import TABLES, labelled_rows
+from fedpress.data.labelled import KINDS
+from fedpress.data.labelled_rows import TABLES
 from fedpress.data.preparation import Preparation
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
@@ -78,22 +79,22 @@ class ClientData:
         return found
 
     def _table(self, offer: Offer) -> Arrays:
-        """Reads the columns of a table that the offer names.
+        """Reads the columns of a table that the offer names, or windows over its rows.
 
         Rows without a known label are left out, and rows with a word that cannot be encoded.
         """
         # Columns and word lists come from the server, so equal rows are encoded equally everywhere.
         about = None if offer.inputs is None else Preparation.from_json(offer.inputs)
-        if about is None or not about.of_rows:
+        if about is None or about.kind not in KINDS:
             raise DataError(
-                "the server's data are no table with a row for each example",
+                "the server's data are no table",
                 place=f"'{self.path}'",
                 cure="give prepared arrays, a .safetensors or .npz file with x and y",
             )
         settings = self._settings(offer)
         about = replace(about, decimal=settings.decimal)
         # The client's side of the stage will standardise the rows.
-        arrays, _ = labelled_rows(self.path, about, settings, offer.task)
+        arrays, _ = KINDS[about.kind](self.path, about, settings, offer.task)
         return arrays
 
     def _settings(self, offer: Offer) -> DataSettings:

@@ -37,6 +37,7 @@ log = logger(__name__)
 # The server chooses a session's name, which becomes the name of a folder here. Hexadecimal digits
 # cannot form a path that leads elsewhere.
 NAME = re.compile(r"[0-9a-f]{16,64}")
+QUOTED = re.compile(r"'([^']*)'")
 SET_UP = ("offer", "agree", "roster")
 """Messages that are kept, in the order in which they are handled again."""
 KEPT = 20
@@ -172,7 +173,7 @@ class Sessions:
             arrays = self.examples(offer)
         except DataError as problem:
             self.told(f"the data do not fit the offer: {problem}")
-            raise _Refused(_for_server(problem)) from problem
+            raise _Refused(_for_server(problem, offer)) from problem
         folder = None if trial else self.folder / name
         memory: ClientState = InMemoryState() if folder is None else DiskState(folder / "memory")
         if self.identity is not None:
@@ -297,15 +298,24 @@ class _Refused(Exception):
         self.answer = answer
 
 
-def _for_server(problem: DataError) -> Message:
+def _for_server(problem: DataError, offer: Offer) -> Message:
     """Returns the error about this client's data that the server may read.
 
-    It has no path, and nothing in parentheses at its end, where other columns may be named.
+    It has no path, nothing in parentheses at its end, where other columns may be named, and nothing
+    in quotes but names that the server has sent: a quoted word may be a value of a private row.
     """
+    columns = [column["name"] for column in (offer.inputs or {}).get("columns", ())]
+    known = {*columns, *offer.labels, *map(str, offer.task.names)}
+
+    def shown(quoted: re.Match[str]) -> str:
+        return quoted[0] if quoted[1] in known else "'...'"
+
     # The place of a file is quoted; others, such as "label column 'y'", are known to the server.
-    place = "" if problem.place.startswith("'") else problem.place
+    place = "" if problem.place.startswith("'") else QUOTED.sub(shown, problem.place)
     said = re.sub(r" \(.*\)$", "", problem.problem, flags=re.DOTALL)
-    return failure(DataError(said, place=place, cure=problem.cure))
+    parts = [problem.cure] if isinstance(problem.cure, str) else problem.cure
+    cure = [QUOTED.sub(shown, part) if isinstance(part, str) else part for part in parts]
+    return failure(DataError(QUOTED.sub(shown, said), place=place, cure=cure))
 
 
 def _drawn_with(memory: ClientState) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
+from fedpress.data.labelled import KINDS
 from fedpress.data.population import Population
 from fedpress.errors import RecipeError, TrainingError, WireError
 from fedpress.federation import Transport
@@ -101,8 +102,8 @@ def offer_of(stage: FederateSettings, state: State, network: Network) -> Offer:
     """Returns the offer of a stage to the clients of `network`."""
     data = state.data
     inputs = None
-    # Clients read rows of a table by it, and nothing else yet.
-    if data.preparation is not None and data.preparation.of_rows:
+    # Clients read their own data by it.
+    if data.preparation is not None and data.preparation.kind in KINDS:
         inputs = data.preparation.to_json()
     return Offer.of(
         stage,
