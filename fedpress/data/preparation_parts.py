@@ -7,7 +7,7 @@ To add a kind of raw input, write a class here with a row in `PARTS`, and a read
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self, get_args
 
 from fedpress.data.audio_settings import AudioSettings
@@ -103,10 +103,13 @@ class TextPart:
     Attributes:
         settings: what a token is, and the length of a sequence.
         vocabulary: the token of each number; number 0 stands for unknown tokens and padding.
+        learns_unknown: whether token 0 is predicted, too. Only the training needs it, so the JSON
+            does not have it.
     """
 
     settings: TextSettings
     vocabulary: tuple[str, ...]
+    learns_unknown: bool = field(default=False, compare=False)
 
     key = "text"
     keys = frozenset({"tokens", "length", "vocabulary"})

@@ -277,9 +277,9 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
     statistics: Literal["public", "private"] = Field(
         "public",
-        description="where mean, std and the values of missing cells come from: public (the public "
-        "rows), or private (noised sums over the clients' rows, which a stage `statistics` asks "
-        "for)",
+        description="where mean, std, the values of missing cells and the vocabulary of texts come "
+        "from: public (the public rows), or private (noised sums over the clients' rows, which a "
+        "stage `statistics` asks for)",
     )
     series: SeriesSettings | None = Field(
         None,
@@ -408,13 +408,30 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
                 raise SettingError(
                     f"{key} is given, too", place="statistics", cure=f"leave {key} or this out"
                 )
-        if not self.reads_table:
+        if self.source == "text":
+            self._check_private_vocabulary()
+        elif not self.reads_table:
             raise SettingError(
                 f"private statistics are for columns of a table, and '{self.source}' is none",
                 place="statistics",
                 cure="leave it out, and give mean and std",
             )
         return self
+
+    def _check_private_vocabulary(self) -> None:
+        """Refuses settings of texts that a query for their vocabulary does not allow."""
+        if self.text.vocabulary is None:
+            raise SettingError(
+                "a private query finds the most frequent tokens, and nothing says how many",
+                place="text.vocabulary",
+                cure=("give ", Argument("text.vocabulary", 60), ", or leave statistics out"),
+            )
+        if self.unknown == "drop":
+            raise SettingError(
+                "a sequence with a rare token would be left out, after the noise was planned for it",
+                place="unknown",
+                cure="leave it out",
+            )
 
     @model_validator(mode="after")
     def _database_fits(self) -> Self:

@@ -1,4 +1,4 @@
-"""Completes a table whose statistics come from a private query: fills gaps, drops rare words.
+"""Completes data whose statistics come from a private query: fills gaps, drops rare words.
 
 Until the answer is there, a data set has the inputs of all words that may occur, and `MISSING` where
 a cell is missing (`FederatedData.awaits_statistics`).
@@ -16,15 +16,19 @@ from fedpress.core.examples import MISSING, Arrays, Preprocess
 from fedpress.data.classes import OTHER
 from fedpress.data.dataset import FederatedData
 from fedpress.data.preparation import InputColumn, Preparation
+from fedpress.data.preparation_parts import TextPart
+from fedpress.data.vocabulary import shortened, text_part, with_vocabulary
 
 
 def settled(data: FederatedData, about: Preparation) -> FederatedData:
-    """Returns the data as rows that `about` prepares.
+    """Returns the data as rows or texts that `about` prepares.
 
     Args:
-        data: a table that awaits its statistics.
-        about: the same columns; a column of words may have fewer words.
+        data: a table or texts that await their statistics.
+        about: the same columns; a column of words, or the vocabulary, may have fewer words.
     """
+    if about.kind == TextPart.key:
+        return with_vocabulary(data, about)
     assert data.preparation is not None
     pairs = list(zip(data.preparation.columns, about.columns, strict=True))
 
@@ -70,6 +74,8 @@ def with_few_words(about: Preparation, words: Mapping[str, int]) -> Preparation:
         about: the columns of a table that awaits its statistics.
         words: column -> number of words that are kept.
     """
+    if about.kind == TextPart.key:
+        return shortened(about, text_part(about).vocabulary[1:])
     columns = []
     for column in about.columns:
         kept = column.words

@@ -18,6 +18,7 @@ from fedpress.data.preparation import Preparation
 from fedpress.data.preparation_parts import TextPart
 from fedpress.data.settings import DataSettings
 from fedpress.data.text_settings import TextSettings
+from fedpress.data.vocabulary import CHARACTERS
 from fedpress.errors import DataError
 from fedpress.tasks.base import IGNORED
 
@@ -95,6 +96,14 @@ class _TextRows:
     def targets(self, public: Tensor) -> TargetRows:
         """Returns the next tokens int64 [n, length]; -100 for padding and unknown tokens."""
         names = self._vocabulary(public)
+        most = self.settings.text.vocabulary
+        if self.settings.statistics == "private" and most is not None and len(names) - 1 <= most:
+            raise DataError(
+                f"there are {len(names) - 1} candidates for a vocabulary of {most} tokens, so "
+                "nothing needs to be asked",
+                place="text.vocabulary",
+                cure="give a smaller one, or leave statistics and the stage of this kind out",
+            )
         position = {name: at for at, name in enumerate(names)}
         # Set here, because inputs and targets must have one vocabulary. The split asks for targets
         # first.
@@ -120,15 +129,25 @@ class _TextRows:
     def inputs(self, public: Tensor) -> InputRows:
         """Returns the tokens int64 [n, length]; 0 for padding and unknown tokens."""
         x = self.number[self.tokens[:, :-1]]
-        part = TextPart(self.settings.text.model_copy(update={"vocabulary": None}), self.names)
+        settings = self.settings.text
+        # A query has still to find the most frequent ones.
+        if self.settings.statistics == "public":
+            settings = settings.model_copy(update={"vocabulary": None})
+        part = TextPart(settings, self.names, self.settings.unknown == OTHER)
         about = Preparation((), encoding=self.settings.encoding, part=part)
         return InputRows(x, torch.zeros(len(x), dtype=torch.bool), about)
 
     def _vocabulary(self, public: Tensor) -> tuple[str, ...]:
-        """Returns the names of the token numbers, the first of which is `UNKNOWN`."""
+        """Returns the names of the token numbers, the first of which is `UNKNOWN`.
+
+        With private statistics these are candidates, of which a query counts how frequent they are.
+        """
         if self.settings.classes is not None:
             listed = tuple(name for name in self.settings.classes if name != UNKNOWN)
             return (UNKNOWN, *listed)
+        asked_later = self.settings.statistics == "private"
+        if asked_later and self.settings.text.tokens == "characters" and not len(public):
+            return (UNKNOWN, *CHARACTERS)
         what = f"texts of '{self.settings.path}'"
         rows = rows_that_define_classes(public, len(self.tokens), self.settings, what)
         # A token that ends one sequence and begins the next is counted twice. Only the most
@@ -138,7 +157,8 @@ class _TextRows:
         found = [at for at, count in enumerate(counts) if count]
         # Of equally frequent words the first in the alphabet is kept.
         found.sort(key=lambda at: (-counts[at], self.words[at]))
-        return (UNKNOWN, *sorted(self.words[at] for at in found[: self.settings.text.vocabulary]))
+        kept = found if asked_later else found[: self.settings.text.vocabulary]
+        return (UNKNOWN, *sorted(self.words[at] for at in kept))
 
 
 def _texts(path: Path, settings: DataSettings) -> tuple[Mapping[str, list[str]], bool]:

@@ -101,12 +101,43 @@ class Flags:
         return x[:, self.at : self.at + self.width].clamp(0, 1) * there
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Sequences of token numbers, each of which votes for the k different numbers that it has.
+
+    Each of them gets 1 / sqrt(k), as the weights of Gopi et al. 2020 (arXiv:2002.09745, section 4):
+    so a vote has the L2 norm 1, and a rare token that occurs once counts as much as a frequent one
+    of the same sequence. Number 0 (padding and unknown tokens) gets no vote.
+
+    Attributes:
+        count: number of token numbers, 0 included.
+        at: position of the first input.
+    """
+
+    count: int
+    at: int = 0
+    square = 1.0
+
+    @property
+    def width(self) -> int:
+        """Number of sums."""
+        return self.count - 1
+
+    def terms(self, x: Tensor, there: Tensor) -> Tensor:
+        """See `Number.terms`; `x` are token numbers [n, length]."""
+        ones = torch.ones_like(x, dtype=torch.float32)
+        has = ones.new_zeros(len(x), self.count).scatter(1, x.long(), ones)[:, 1:]
+        return has / has.sum(1, keepdim=True).clamp(min=1).sqrt()
+
+
 class ColumnSums(nn.Module):
     """See the top of this file.
 
     Args:
         numbers: (at, low, high, bins) of each input of numbers, see `Number`.
         flags: (at, width) of each column of words, see `Flags`.
+        tokens: number of token numbers, if the inputs are sequences of these, see `Tokens`; 0: they
+            are columns.
         gaps: whether cells may be missing. If so, the rows with a value are counted for each column.
         counted: whether all rows are counted, in the first sum. The divisor of the sums may be that
             of all clients; the count then says what share of them answered. With `gaps` the counts
@@ -122,21 +153,23 @@ class ColumnSums(nn.Module):
         *,
         numbers: tuple[tuple[int, float, float, int], ...] = ((0, -1.0, 1.0, 0),),
         flags: tuple[tuple[int, int], ...] = (),
+        tokens: int = 0,
         gaps: bool = False,
         counted: bool = False,
     ) -> None:
         super().__init__()
         self.gaps = gaps
         self.counted = counted and not gaps
-        self.columns: tuple[Number | Flags, ...] = (
+        self.columns: tuple[Number | Flags | Tokens, ...] = (
             *(Number(*one) for one in numbers),
             *(Flags(*one) for one in flags),
+            *((Tokens(tokens),) if tokens else ()),
         )
         width = int(self.counted) + sum(self.width_of(column) for column in self.columns)
         self.sums = nn.Linear(width, 1, bias=False)
         nn.init.zeros_(self.sums.weight)
 
-    def width_of(self, column: Number | Flags) -> int:
+    def width_of(self, column: Number | Flags | Tokens) -> int:
         """Returns the number of sums of a column, with the count of its values."""
         return column.width + int(self.gaps)
 
@@ -148,9 +181,12 @@ class ColumnSums(nn.Module):
 
     def phi(self, x: Tensor) -> Tensor:
         """Returns what each row [n, d] adds to each sum, float32 [n, width]."""
-        parts = [torch.ones_like(x[:, :1])] if self.counted else []
+        ones = torch.ones_like(x[:, :1], dtype=self.sums.weight.dtype)
+        parts = [ones] if self.counted else []
         for column in self.columns:
-            there = (x[:, column.at : column.at + 1] != MISSING).to(x.dtype)
+            # Token numbers are integers, which have no `MISSING`.
+            first = x[:, column.at : column.at + 1].to(ones.dtype)
+            there = (first != MISSING).to(ones.dtype)
             if self.gaps:
                 parts.append(there)
             parts.append(column.terms(x, there))

@@ -75,7 +75,11 @@ def _query(terms: Terms) -> list[str]:
         every = asked["words"] == "all"
         where = "every column of words" if every else ", ".join(asked["words"])
         found.append(f"Counts how often each word of a list that the server sends is in {where}.")
-    if terms.labels:
+    if asked["tokens"]:
+        found.append(
+            "Counts in how many parts of the texts each token of a list is, which the server sends."
+        )
+    elif terms.labels:
         found.append(f"Leaves out rows without a known value of {', '.join(terms.labels)}.")
     return found
 

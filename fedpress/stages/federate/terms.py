@@ -14,6 +14,7 @@ from typing import Any
 from fedpress.core.canonical import JSON
 from fedpress.core.random import fingerprint as digest_of
 from fedpress.data.preparation import InputColumn, Preparation
+from fedpress.data.preparation_parts import TextPart
 from fedpress.errors import DataError
 from fedpress.models import ARCHITECTURES, DATA_SIZES
 from fedpress.models.spec import COLUMN_SUMS
@@ -61,7 +62,12 @@ class Terms:
 
 
 def query_arguments(
-    bounds: Mapping[str, Sequence[float]], bins: int, words: Sequence[str], gaps: bool
+    bounds: Mapping[str, Sequence[float]],
+    bins: int,
+    words: Sequence[str],
+    gaps: bool,
+    *,
+    tokens: bool = False,
 ) -> dict[str, JSON]:
     """Returns what a query asks for, by the names of the columns.
 
@@ -71,10 +77,11 @@ def query_arguments(
         words: columns whose words are counted.
         gaps: whether the cells with a value are counted in each column. Then the words of all
             columns are counted, and `words` is not used.
+        tokens: whether the tokens of texts are counted, which have no columns.
     """
     counted: JSON = "all" if gaps else [*sorted(words)]
     asked: dict[str, JSON] = {name: [float(one) for one in both] for name, both in bounds.items()}
-    return {"bounds": asked, "bins": bins, "words": counted, "gaps": gaps}
+    return {"bounds": asked, "bins": bins, "words": counted, "gaps": gaps, "tokens": tokens}
 
 
 def terms_of_offer(
@@ -125,25 +132,32 @@ def _named(arguments: Mapping[str, JSON], inputs: Mapping[str, Any]) -> dict[str
     can have approved it.
     """
     try:
-        return _Columns.of(inputs).named(arguments)
+        return _Asked.of(inputs).named(arguments)
     # The offer may come from a malicious server.
     except (DataError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 @dataclass(frozen=True)
-class _Columns:
-    """The columns of a table by the position of their first input."""
+class _Asked:
+    """What a query can be about.
+
+    Attributes:
+        at: the columns of a table by the position of their first input.
+        texts: whether the data are texts, which have no columns.
+    """
 
     at: Mapping[int, InputColumn]
+    texts: bool
 
     @classmethod
-    def of(cls, inputs: Mapping[str, Any]) -> _Columns:
+    def of(cls, inputs: Mapping[str, Any]) -> _Asked:
         found, at = {}, 0
-        for column in Preparation.from_json(inputs).columns:
+        about = Preparation.from_json(inputs)
+        for column in about.columns:
             found[at] = column
             at += column.width
-        return cls(found)
+        return cls(found, about.kind == TextPart.key)
 
     def named(self, arguments: Mapping[str, Any]) -> dict[str, JSON]:
         """See `_named`; raises ValueError or KeyError for what no recipe asks for."""
@@ -160,7 +174,10 @@ class _Columns:
             _require(column.kind in COUNTED and column.width == width)
             words.append(column.name)
         _require(len(sizes) <= 1 and len(set(words)) == len(words))
-        return query_arguments(bounds, max(sizes, default=0), words, arguments["gaps"] is True)
+        tokens = arguments.get("tokens", 0) > 0
+        _require(tokens == self.texts)
+        gaps = arguments["gaps"] is True
+        return query_arguments(bounds, max(sizes, default=0), words, gaps, tokens=tokens)
 
 
 def _require(true: bool) -> None:

@@ -31,19 +31,23 @@ class Answer:
         preparation: how rows become inputs, with the statistics.
         columns: column of numbers -> its statistics, and the standard error that the noise gives
             its mean (or median).
+        words: column -> the words that keep inputs.
         weak: columns whose mean the noise moves by more than their standard deviation.
         hidden: columns whose standard deviation the noise hides: the one given is an upper bound.
+        note: a further sentence of the warning; "" if there is none.
     """
 
     preparation: Preparation
     columns: dict[str, JsonValue] = field(default_factory=dict)
+    words: dict[str, JsonValue] = field(default_factory=dict)
     weak: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
+    note: str = ""
 
     @property
     def warning(self) -> str:
         """A sentence about columns that the query could not measure; "" if there are none."""
-        said = []
+        said = [self.note] if self.note else []
         if self.weak:
             said.append(weak_columns(self.weak))
         if rest := [name for name in self.hidden if name not in self.weak]:
@@ -138,7 +142,21 @@ class Query:
         found.preparation = replace(
             self.about, columns=tuple(columns), mean=tuple(mean), std=tuple(scale)
         )
+        found.words = {
+            column.name: list(column.words)
+            for column in columns
+            if column.name in self.settings.words
+        }
         return found
+
+    def planned(self, network: ColumnSums, std: float) -> dict[str, str]:
+        """Returns what the noise does to the answer, in words; with a warning if it is too much."""
+        errors = self.errors(network, std)
+        means = ", ".join(f"{name} {error:.3g}" for name, error in errors.items())
+        # No spread between two bounds is larger than half their distance.
+        hopeless = [name for name, error in errors.items() if error > self._half(name)]
+        found = {"error_of_means": means}
+        return found | ({"warning": weak_columns(hopeless)} if hopeless else {})
 
     def errors(self, network: ColumnSums, std: float) -> dict[str, float]:
         """Returns what the noise adds to the mean of each column of numbers, if no cell is missing.
@@ -152,6 +170,10 @@ class Query:
             name: std * one.half * (2 * math.sqrt(one.levels) if one.bins else 1)
             for name, one in zip(names, numbers, strict=True)
         }
+
+    def _half(self, name: str) -> float:
+        low, high = self.settings.bounds[name]
+        return (high - low) / 2
 
     def _asked(self) -> Iterator[tuple[int, InputColumn]]:
         """Yields the columns of which sums are asked, numbers first, with their first input."""

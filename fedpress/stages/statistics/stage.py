@@ -29,9 +29,11 @@ from fedpress.stages.federate.server import ServerSide
 from fedpress.stages.federate.settings import SecureSumSettings
 from fedpress.stages.federate.stage import FederateStage
 from fedpress.stages.federate.terms import Terms, query_arguments
-from fedpress.stages.statistics.query import Query, weak_columns
+from fedpress.stages.statistics.query import Query
 from fedpress.stages.statistics.settings import StatisticsSettings
+from fedpress.stages.statistics.vocabulary import VocabularyQuery
 from fedpress.tasks import ColumnSums as SumsTask
+from fedpress.tasks import Language
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import State, Tick
 
@@ -64,7 +66,8 @@ class StatisticsStage(StatisticsSettings, Stage):
         """See `Stage.terms`."""
         # Missing cells are filled by the query's answer, so it counts them.
         gaps = data.missing == "mean"
-        asked = query_arguments(self.bounds, self.bins, tuple(self.words), gaps)
+        texts = data.source == "text"
+        asked = query_arguments(self.bounds, self.bins, tuple(self.words), gaps, tokens=texts)
         return Terms(self._round(), COLUMN_SUMS, asked, data.label_columns)
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
@@ -79,15 +82,10 @@ class StatisticsStage(StatisticsSettings, Stage):
         after, facts = stage.check(asking)
         server = bind(stage, asking).server
         network = cast(ColumnSums, asking.model)
-        errors = query.errors(network, noise_std(server))
         about = self.prepared_shape(query.about)
         told: dict[str, Any] = {key: facts[key] for key in FACTS if key in facts}
         told["sums"] = network.sums.in_features
-        told["error_of_means"] = ", ".join(f"{name} {error:.3g}" for name, error in errors.items())
-        # No spread between two bounds is larger than half their distance.
-        hopeless = [name for name, error in errors.items() if error > _half(self.bounds[name])]
-        if hopeless:
-            told["warning"] = weak_columns(hopeless)
+        told |= query.planned(network, noise_std(server))
         return self._after(state, about, after), told
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
@@ -107,18 +105,14 @@ class StatisticsStage(StatisticsSettings, Stage):
         answer = query.answer(network, work.now.params, noise_std(server))
         told: dict[str, JsonValue] = {key: facts[key] for key in FACTS if key in facts}
         told |= {"sums": server.uplink.size, "columns": answer.columns}
-        told["words"] = {
-            column.name: list(column.words)
-            for column in answer.preparation.columns
-            if column.name in self.words
-        }
+        told["words"] = answer.words
         if answer.warning:
             told["warning"] = answer.warning
             yield Tick(1, 1, "", f"warning: {answer.warning}")
         after = replace(asking, ledger=work.now.ledger)
         return replace(self._after(state, answer.preparation, after), facts=told)
 
-    def query(self, state: State) -> Query:
+    def query(self, state: State) -> Query | VocabularyQuery:
         """Returns the query, after checking that it fits the data.
 
         Raises:
@@ -129,18 +123,27 @@ class StatisticsStage(StatisticsSettings, Stage):
             raise RecipeError(
                 "the data have their statistics already",
                 place="",
-                cure='set data.statistics = "private", for a table',
+                cure='set data.statistics = "private", for a table or texts',
             )
-        return Query(self, about)
+        if about.of_rows:
+            return Query(self, about)
+        if state.data.task.kind != Language.kind:
+            raise RecipeError(
+                f"a private vocabulary is for the task language, not {state.data.task.kind}",
+                place="recipe.data.task",
+                cure="leave it out, or leave this stage and data.statistics out",
+            )
+        return VocabularyQuery(self, about)
 
-    def as_round(self, state: State, query: Query) -> tuple[State, FederateStage]:
+    def as_round(self, state: State, query: Query | VocabularyQuery) -> tuple[State, FederateStage]:
         """Returns the state and the stage whose one round is the query."""
         data = state.data
         task = SumsTask(tuple(map(str, data.task.names)), data.task.targets)
         spec = ModelSpec(
             architecture=COLUMN_SUMS,
             arguments=query.arguments,
-            input_shape=(query.about.width,),
+            input_shape=query.about.shape,
+            input_dtype=state.spec.input_dtype,
             class_names=data.class_names,
             task=task.to_json(),
         )
@@ -176,10 +179,13 @@ class StatisticsStage(StatisticsSettings, Stage):
     def _after(self, state: State, about: Preparation, asked: State) -> State:
         """Returns the state with the statistics in `about`, and the charges of `asked`."""
         data = settled(state.data, about)
+        assert data.preparation is not None
         told = {
             "mean": data.preprocess.mean,
             "std": data.preprocess.std,
-            "preparation": about.to_json(),
+            "class_names": data.class_names,
+            "task": data.task.to_json(),
+            "preparation": data.preparation.to_json(),
         }
         return replace(
             state,
@@ -205,7 +211,3 @@ def noise_std(server: ServerSide) -> float:
         assert grid.noise is not None
         return math.sqrt(clients * grid.noise.variance) / grid.scale / divisor
     return plan.noise_std / divisor
-
-
-def _half(bounds: tuple[float, float]) -> float:
-    return (bounds[1] - bounds[0]) / 2
