@@ -14,7 +14,7 @@ from fedpress.api import begin
 from fedpress.core.examples import Arrays
 from fedpress.core.inputs import shape_of, shape_text
 from fedpress.data import FederatedData
-from fedpress.data.labelled_rows import TABLES
+from fedpress.data.paths import TABLES
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, RecipeError
 from fedpress.network.data import ARRAYS, ClientData, read_arrays

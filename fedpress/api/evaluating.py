@@ -24,7 +24,7 @@ from fedpress.api.predictors import Predictor, predictor_of
 from fedpress.core.inputs import Inputs
 from fedpress.data import FederatedData, Preparation
 from fedpress.data.labelled import KINDS
-from fedpress.data.labelled_rows import TABLES
+from fedpress.data.paths import TABLES
 from fedpress.data.preparation_parts import TextPart
 from fedpress.data.raw_inputs import Table as RawTable
 from fedpress.data.raw_inputs import UnknownWords

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.feather
 
+from fedpress.data.paths import cure_of_unreadable
 from fedpress.errors import DataError, first_line
 
 FILE_START = b"ARROW1"
@@ -39,5 +40,5 @@ def read_arrow(path: Path) -> Any:
         raise DataError(
             f"not a readable Arrow file ({first_line(error)})",
             place=f"'{path}'",
-            cure="copy it again",
+            cure=cure_of_unreadable(path, "arrow"),
         ) from error

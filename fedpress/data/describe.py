@@ -17,8 +17,7 @@ from fedpress.data import csv, tables
 from fedpress.data.column_facts import ColumnFacts
 from fedpress.data.columns import Column
 from fedpress.data.describe_column import describe_column
-from fedpress.data.labelled_rows import TABLES
-from fedpress.data.paths import refuse_no_path
+from fedpress.data.paths import TABLES, refuse_no_path
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, suggestion
 

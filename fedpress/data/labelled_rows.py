@@ -23,20 +23,12 @@ from fedpress.data.column_types import WORDS
 from fedpress.data.columns import Column
 from fedpress.data.gaps import complete
 from fedpress.data.new_rows import prepare
+from fedpress.data.paths import TABLES
 from fedpress.data.preparation import Preparation
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import READERS
 from fedpress.errors import DataError
 from fedpress.tasks.base import Task
-
-TABLES = {
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".ipc": "arrow",
-}
-"""Suffix of a table -> its source in a recipe."""
 
 
 def labelled_rows(

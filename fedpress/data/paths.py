@@ -1,10 +1,25 @@
-"""Says which path may be meant by one that does not exist."""
+"""Says what may be meant by a path that does not exist, or by a file of another kind."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from fedpress.errors import DataError, suggestion
+
+TABLES = {
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+}
+"""Suffix of a table -> its source in a recipe."""
+
+
+def cure_of_unreadable(path: Path, source: str) -> str:
+    """Returns the cure for a file that the source cannot read: another source, by its suffix."""
+    other = TABLES.get(path.suffix.lower(), source)
+    return f'set source = "{other}"' if other != source else "copy it again"
 
 
 def similar_path(path: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpress.data import audio, folders, raw_texts
-from fedpress.data.labelled_rows import TABLES
+from fedpress.data.paths import TABLES
 from fedpress.data.preparation import TABLE, Preparation
 from fedpress.data.raw_files import read_images, read_recordings
 from fedpress.data.raw_inputs import RawInputs, UnknownWords

@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 
 from fedpress.data import csv, tables
-from fedpress.data.labelled_rows import TABLES
 from fedpress.data.lines import line_of
 from fedpress.data.new_rows import Strictness, raw_columns, raw_inputs, refuse_rows_without
+from fedpress.data.paths import TABLES
 from fedpress.data.preparation import Preparation
 from fedpress.data.raw_inputs import RawInputs, UnknownWords
 from fedpress.data.raw_table import refuse_equal_names

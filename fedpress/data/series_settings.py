@@ -102,7 +102,7 @@ class SeriesSettings(BaseModel, frozen=True, extra="forbid"):
                     cure=("give ", Argument("order_column", "COLUMN")),
                 )
         listed = self.order_columns
-        if not isinstance(self.order_column, str) and listed != DATE_COLUMNS[: len(listed)]:
+        if len(listed) > 1 and listed != DATE_COLUMNS[: len(listed)]:
             raise SettingError(
                 f"{list(listed)} is no date",
                 place="order_column",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue, model_validator
 
@@ -71,6 +71,16 @@ def _known_task(given: str | dict[str, JsonValue]) -> str | dict[str, JsonValue]
     return given
 
 
+def _no_address(path: Any) -> Any:
+    """Refuses an address, which may hold a password, so no error may quote it as a file's name."""
+    if isinstance(path, str) and "://" in path:
+        raise SettingError(
+            "it is an address, and path is a file or folder of this machine",
+            cure="give a database as address = ...; download any other file first",
+        )
+    return path
+
+
 def _with_home(path: Path) -> Path:
     try:
         return path.expanduser()
@@ -133,7 +143,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         "(client/label/image), audio (client/label/sound.wav), text, or "
         "package.module:function"
     )
-    path: Annotated[Path, AfterValidator(_with_home)] | None = Field(
+    path: Annotated[Path, BeforeValidator(_no_address), AfterValidator(_with_home)] | None = Field(
         None,
         description="file or folder; a name with * stands for several files; without a path "
         "cifar10 is downloaded",

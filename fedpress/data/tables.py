@@ -25,7 +25,7 @@ from fedpress.data.columns import Column
 from fedpress.data.examples import InputRows, Progress, SourceRows
 from fedpress.data.gaps import complete, refuse_gaps
 from fedpress.data.list_columns import is_list, stacked
-from fedpress.data.paths import refuse_no_path
+from fedpress.data.paths import cure_of_unreadable, refuse_no_path
 from fedpress.data.raw_table import RawTable, refuse_equal_names
 from fedpress.data.series import Forecasts, LabelsOfWindows, window_inputs, with_windows
 from fedpress.data.series_settings import SeriesSettings
@@ -299,7 +299,7 @@ def read_parquet(path: Path) -> Any:
         raise DataError(
             f"not a readable parquet file ({first_line(error)})",
             place=f"'{path}'",
-            cure="copy it again",
+            cure=cure_of_unreadable(path, "parquet"),
         ) from error
 
 

@@ -4,11 +4,12 @@
 from fedpress.models.norms import freeze_batch_norm_
 from fedpress.models.pruned import resize_, shapes_that_differ, what_pruning_changed
 from fedpress.models.saved import load_model, save_model
-from fedpress.models.spec import ARCHITECTURES, DATA_SIZES, ModelSpec
+from fedpress.models.spec import ARCHITECTURES, DATA_SIZES, NETWORKS, ModelSpec
 
 __all__ = [
     "ARCHITECTURES",
     "DATA_SIZES",
+    "NETWORKS",
     "ModelSpec",
     "freeze_batch_norm_",
     "load_model",

@@ -52,6 +52,8 @@ ARCHITECTURES: dict[str, Any] = {
     COLUMN_SUMS: ColumnSums,
 }
 """Name in a spec -> class or function that builds the network."""
+NETWORKS = [name for name in ARCHITECTURES if name != COLUMN_SUMS]
+"""Names that a recipe may give."""
 DATA_SIZES = ("in_features", "in_channels", "image_size", "num_classes")
 """Arguments of `ARCHITECTURES` that follow from the data if a recipe leaves them out."""
 
@@ -403,11 +405,11 @@ def _builder(name: str) -> Any:
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     if ":" not in name:
-        known = f"use one of {', '.join(ARCHITECTURES)} or 'package.module:function'"
+        known = f"use one of {', '.join(NETWORKS)} or 'package.module:function'"
         raise ModelError(
             f"no architecture {name[:80]!r}",
             place="spec.architecture",
-            cure=suggestion(name, list(ARCHITECTURES), known),
+            cure=suggestion(name, NETWORKS, known),
         )
     try:
         return own_modules.object_of(name)

@@ -22,7 +22,7 @@ from fedpress.core.inputs import NamedInputs, shape_of, shape_text, tensors_by_n
 from fedpress.data import images
 from fedpress.data.csv import delimiter_of
 from fedpress.data.labelled import KINDS
-from fedpress.data.labelled_rows import TABLES
+from fedpress.data.paths import TABLES
 from fedpress.data.preparation import Preparation
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError

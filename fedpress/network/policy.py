@@ -20,7 +20,7 @@ from pydantic import (
 from fedpress.core import consent
 from fedpress.core.settings import SETTINGS
 from fedpress.errors import PolicyError, SettingError, suggestion
-from fedpress.models import ARCHITECTURES
+from fedpress.models import ARCHITECTURES, NETWORKS
 
 Measure = Literal["loss", "examples", "score"]
 """Values that a client may send besides its updates, see `Policy.metrics`."""
@@ -44,7 +44,7 @@ def _families(names: tuple[str, ...]) -> tuple[str, ...]:
     """Checks that all names are architectures of fedpress."""
     for name in names:
         if name not in ARCHITECTURES:
-            known = f"use some of {', '.join(ARCHITECTURES)}; own functions go into the key code"
+            known = f"use some of {', '.join(NETWORKS)}; own functions go into the key code"
             raise SettingError(
                 f"there is no '{name}'", cure=suggestion(name, list(ARCHITECTURES), known)
             )

@@ -46,7 +46,12 @@ def write_sources(folder):
     ("data", "said"),
     [
         ('source = "arrow"\npath = "no.arrow"', "no such path"),
-        ('source = "arrow"\npath = "a.csv"', "not a readable Arrow file"),
+        ('source = "arrow"\npath = "a.csv"', 'set source = "csv"'),
+        ('source = "parquet"\npath = "a.csv"', 'set source = "csv"'),
+        (
+            'source = "sql"\npath = "postgresql://reader:word@host/loans"\ntable = "t"',
+            "recipe.data.path: it is an address, and path is a file or folder of this machine; give",
+        ),
         ('source = "sql"\naddress = "sqlite:///no.db"\ntable = "t"', "no database"),
         ('source = "sql"\naddress = "nodb://x"\ntable = "t"', "knows no database 'nodb'"),
         ('source = "sql"\npath = "a.db"\ntable = "persons"', "no table 'persons'"),

@@ -457,6 +457,11 @@ def test_ties_may_keep_the_order_of_the_file(tmp_path):
     assert (data.public.x.diff(dim=2) == 1).all()
 
 
+def test_a_list_of_one_column_is_that_column():
+    one = SeriesSettings(window=2, order_column=["when"], max_gap=60)
+    assert one.order_columns == ("when",)
+
+
 @pytest.mark.parametrize(
     ("series", "message"),
     [

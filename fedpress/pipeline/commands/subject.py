@@ -19,7 +19,7 @@ from fedpress.core.inputs import Shape
 from fedpress.core.random import STREAMS
 from fedpress.data import FederatedData
 from fedpress.errors import Argument, DataError, ModelError, Words, did_you_mean
-from fedpress.models import ARCHITECTURES, ModelSpec, memory
+from fedpress.models import ARCHITECTURES, NETWORKS, ModelSpec, memory
 from fedpress.models.memory import Buildable
 from fedpress.models.weights import load_weights_
 from fedpress.pipeline import recipe as recipes
@@ -91,13 +91,13 @@ class ChosenModel:
             )
         name = str(model)
         if ":" not in name and name not in ARCHITECTURES:
-            hint = did_you_mean(name, list(ARCHITECTURES))
+            hint = did_you_mean(name, NETWORKS)
             raise ModelError(
                 f"there is no '{name}'{hint}",
                 place="model",
                 cure=(
                     "give the folder of a model or of a run, a packed file, "
-                    f"package.module:function, or one of {', '.join(ARCHITECTURES)}"
+                    f"package.module:function, or one of {', '.join(NETWORKS)}"
                 ),
             )
         extra = {"weights": str(Path(weights).resolve())} if weights is not None else {}

@@ -128,6 +128,10 @@ def _complaint(error: Any, recipe: type[BaseModel]) -> tuple[str, str]:
             return "this key is missing", f"add it (one of {every})"
         tag = str(error["ctx"]["tag"])
         return f"there is no '{tag}'", suggestion(tag, known) or f"choose one of {every}"
+    if kind in ("tuple_type", "list_type"):
+        # A list of tables, such as the stages, has no entry of one word or number.
+        simple = "type" in _schema_at(loc, recipe).get("items", {})
+        return f"expected a list, got {_short(value)}", f"write [{_short(value)}]" * simple
     message = error["msg"]
     near = ""
     if kind == "literal_error":
@@ -172,8 +176,8 @@ def _schema_at(loc: tuple[int | str, ...], recipe: type[BaseModel]) -> dict[str,
     full: dict[str, Any] = recipe.model_json_schema()
 
     def open_(node: dict[str, Any]) -> dict[str, Any]:
-        for part in node.get("anyOf", ()):  # a table or null
-            if "$ref" in part or "discriminator" in part:
+        for part in node.get("anyOf", ()):  # a table or null, a list or null
+            if "$ref" in part or "discriminator" in part or part.get("type") == "array":
                 node = part
         return full["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
 

@@ -295,8 +295,9 @@ def _is_relative(key: str, value: object) -> bool:
     """Whether the value of `key` is a relative path, and not a word such as "dense"."""
     if not isinstance(value, str) or value in MODEL_KEYS.get(key, ()):
         return False
-    # `TEACHER` begins the name of a module in memory, and "~" the path of a home folder.
-    return not (value.startswith((TEACHER, "~")) or Path(value).is_absolute())
+    # `TEACHER` begins the name of a module in memory, "~" the path of a home folder, and an address
+    # is refused later.
+    return not ("://" in value or value.startswith((TEACHER, "~")) or Path(value).is_absolute())
 
 
 def _exists(path: Path) -> bool:

@@ -146,7 +146,12 @@ UNION = "choose one of adam, average, momentum"
             "recipe.model.arguments.sizes[1]: expected a finite number, got inf",
         ),
         ("seed=1979-05-27", "recipe.seed: no setting is a date or time"),
-        ("stage=5", "recipe.stage: input should be a valid tuple, got 5"),
+        ("stage=5", "recipe.stage: expected a list, got 5"),
+        ("data.classes=paid", "recipe.data.classes: expected a list, got 'paid'; write ['paid']"),
+        (
+            "data.path=postgresql://reader:secret@host/loans",
+            "recipe.data.path: it is an address, and path is a file or folder of this machine",
+        ),
         ("stage=[]", "recipe.stage: "),
         ("name=../elsewhere", "recipe.name: string should match"),
         ("stage.0.name=a/b", "recipe.stage[0].name: string should match"),
