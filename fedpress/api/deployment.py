@@ -14,7 +14,11 @@ from fedpress.api import begin
 from fedpress.core.examples import Arrays
 from fedpress.core.inputs import shape_of, shape_text
 from fedpress.data import FederatedData
+from fedpress.data.batches import FILE
+from fedpress.data.labelled import KINDS
+from fedpress.data.labelled_windows import labelled_windows
 from fedpress.data.paths import TABLES
+from fedpress.data.preparation_parts import TextPart
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, RecipeError
 from fedpress.network.data import ARRAYS, ClientData, read_arrays
@@ -33,8 +37,8 @@ def check_client(recipe: str, path: Path) -> str:
 
     Args:
         recipe: name or file of the recipe.
-        path: a table (.csv, .parquet), a file of arrays (.safetensors, .npz), or a folder
-            `label/image.png`, as for `fedpress client --data`.
+        path: a table (.csv, .parquet), a file of arrays (.safetensors, .npz), a text (.txt) or a
+            folder of texts, or a folder `label/image.png`, as for `fedpress client --data`.
 
     Raises:
         DataError: if the data cannot be read, lack a column that the recipe names, or have a class
@@ -42,7 +46,10 @@ def check_client(recipe: str, path: Path) -> str:
         RecipeError: if the recipe's model does not take the examples.
     """
     ClientData(path)  # raises the error for a missing path or an unknown suffix
-    if path.is_dir():
+    texts = KINDS[TextPart.key]
+    if texts.takes(path) and begin.load(recipe)[1].data.source == "text":
+        found, about = _read(recipe, path=path.resolve())
+    elif path.is_dir():
         found, about = _folder(recipe, path)
     elif path.suffix in TABLES:
         found, about = _table(recipe, path)
@@ -57,9 +64,8 @@ def check_client(recipe: str, path: Path) -> str:
             error.cure = f"see whether the data have the server's columns; they have {columns}"
         raise
     part = found.public
-    count = len(part) + len(found.test) + sum(map(len, found.clients.values()))
     said = (
-        f"{count} examples of shape {shape_text(shape_of(part.x))}, task "
+        f"{_count(found, about, path)} examples of shape {shape_text(shape_of(part.x))}, task "
         f"{found.task.kind}: they fit {about.name}"
     )
     if columns:
@@ -69,10 +75,19 @@ def check_client(recipe: str, path: Path) -> str:
     return said
 
 
+def _count(data: FederatedData, recipe: Recipe, path: Path) -> int:
+    """Returns how many examples the client will have."""
+    if recipe.data.series is not None:
+        # Of the windows here some are in no part, so that no two parts share a row.
+        assert data.preparation is not None
+        return len(labelled_windows(path, data.preparation, recipe.data, data.task)[0])
+    return len(data.public) + len(data.test) + sum(map(len, data.clients.values()))
+
+
 def _unnamed_columns(data: FederatedData, recipe: Recipe) -> str:
     """Returns the columns of a table that were taken because the recipe names none; else ""."""
     about = data.preparation
-    if about is None or not about.of_rows or recipe.data.feature_columns is not None:
+    if about is None or about.kind not in KINDS or recipe.data.feature_columns is not None:
         return ""
     return ", ".join(column.name for column in about.columns)
 
@@ -86,12 +101,15 @@ def _read(recipe: str, **changed: object) -> tuple[FederatedData, Recipe]:
     """Loads the client's data with the recipe's settings; `changed` replaces source and path.
 
     About a fifth of the examples become the test set, one example belongs to a client, and all
-    others are public.
+    others are public; of windows half are public.
     """
     checked = begin.load(recipe)[1]
     kept = checked.data.model_dump(exclude_unset=True, exclude={*SPLIT})
-    # A data set needs a client and a test part.
-    one = {"num_clients": 1, "examples_per_client": 1, "partition": {"kind": "iid"}}
+    # A data set needs a client and a test part. Windows share rows, so they can only be divided by
+    # time, into parts of one natural client.
+    one: dict[str, object] = {"client_column": FILE, "public_share": 0.5}
+    if checked.data.series is None:
+        one = {"num_clients": 1, "examples_per_client": 1, "partition": {"kind": "iid"}}
     settings = DataSettings.model_validate(
         {**kept, **one, "validation": 0, "test_share": 0.2, **changed}
     )
@@ -123,7 +141,12 @@ def _folder(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:
 
 
 def _arrays(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:
-    assert path.suffix in ARRAYS
+    if path.suffix not in ARRAYS:
+        raise DataError(
+            "the recipe's data are no text",
+            place=f"'{path}'",
+            cure=f"give {' or '.join(ARRAYS)} with x and y, or what the recipe's source reads",
+        )
     arrays = read_arrays(path)
     checked = begin.load(recipe)[1]
     empty = arrays.take(torch.arange(0))

@@ -23,8 +23,7 @@ from fedpress.api.continuing import continuations, next_logits
 from fedpress.api.predictors import Predictor, predictor_of
 from fedpress.core.inputs import Inputs
 from fedpress.data import FederatedData, Preparation
-from fedpress.data.labelled import KINDS
-from fedpress.data.paths import TABLES
+from fedpress.data.labelled import KINDS, SUFFIXES
 from fedpress.data.preparation_parts import TextPart
 from fedpress.data.raw_inputs import Table as RawTable
 from fedpress.data.raw_inputs import UnknownWords
@@ -102,7 +101,7 @@ def evaluate(
     if task is not None and not in_memory:
         settings["data.task"] = task
     table = None
-    if data is None and path is not None and Path(path).suffix in TABLES:
+    if data is None and path is not None and Path(path).suffix in SUFFIXES:
         table = Path(path)
         # The run's own data say how rows become inputs, and which classes there are.
         arguments = replace(arguments, path=None)
@@ -125,23 +124,22 @@ def evaluate(
 
 
 def _with_rows(loaded: FederatedData, table: Path, settings: DataSettings) -> FederatedData:
-    """Returns the data set with all rows of another table, or windows over them, as its test part.
+    """Returns the data set with all examples of another file as its test part.
 
     Raises:
-        DataError: if the data of the run are no table, or the other table does not fit them.
+        DataError: if the data of the run are of another kind, or the file does not fit them.
     """
-    if loaded.preparation is None or loaded.preparation.kind not in KINDS:
+    kind = None if loaded.preparation is None else KINDS.get(loaded.preparation.kind)
+    if loaded.preparation is None or kind is None or not kind.takes(table):
         raise DataError(
-            "the model was not trained on a table, by a run that is known here",
+            f"the model was not trained on {table.suffix} data, by a run that is known here",
             place=f"'{table}'",
             cure=("give ", Argument("data", "(INPUTS, LABELS)"), ", or a source and its path"),
         )
-    read = KINDS[loaded.preparation.kind]
-    rows, left_out = read(table, loaded.preparation, settings, loaded.task)
+    rows, left_out = kind.read(table, loaded.preparation, settings, loaded.task)
     if left_out:
-        what = "rows" if loaded.preparation.of_rows else "windows"
         warnings.warn(
-            f"{left_out} {what} of '{table}' are left out: they have no label, or a label or word "
+            f"{left_out} {kind.unit} of '{table}' are left out: they have no label, or a label or word "
             "that the run does not know",
             stacklevel=3,
         )

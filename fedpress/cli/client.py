@@ -45,8 +45,8 @@ def client(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="This client's examples: .safetensors or .npz with x and y, .csv, .parquet, or a "
-            "folder label/image.png.",
+            help="This client's examples: .safetensors or .npz with x and y, .csv, .parquet, .txt, or "
+            "a folder label/image.png.",
         ),
     ] = None,
     network: NetworkFolder = None,

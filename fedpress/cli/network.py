@@ -92,6 +92,13 @@ def split(
     if out.exists():
         raise NetworkError("it exists already", place=str(out), cure="give another one with --out")
     loaded = load_data(begin.load(recipe, overrides or ())[1], terminal.console(quiet=False))
+    if loaded.awaits_statistics:
+        raise NetworkError(
+            "the clients' examples follow from the answer of the first stage's query, which each "
+            "client applies to its own rows",
+            place="recipe.data.statistics",
+            cure="give each client its rows as a file, with fedpress client --data",
+        )
     out.mkdir(parents=True)
     for name, arrays in loaded.clients.items():
         write_arrays(out / f"{name}.safetensors", arrays)

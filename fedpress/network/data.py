@@ -1,4 +1,4 @@
-"""Reads a client's own data (arrays, a table or images) in the layout that the model needs.
+"""Reads a client's own data (arrays, a table, texts or images) in the layout that the model needs.
 
 The server's offer (its first message) says which layout this is: columns, labels and input shape.
 """
@@ -21,7 +21,7 @@ from fedpress.core.examples import Arrays
 from fedpress.core.inputs import NamedInputs, shape_of, shape_text, tensors_by_name
 from fedpress.data import images
 from fedpress.data.csv import delimiter_of
-from fedpress.data.labelled import KINDS
+from fedpress.data.labelled import KINDS, SUFFIXES
 from fedpress.data.paths import TABLES
 from fedpress.data.preparation import Preparation
 from fedpress.data.settings import DataSettings
@@ -39,8 +39,9 @@ class ClientData:
     """The data that `fedpress client --data PATH` names.
 
     Attributes:
-        path: a file of arrays (.safetensors or .npz with `x` and `y`), a table (.csv, .parquet), or
-            a folder with one subfolder of images for each label, such as `cat/1.png`.
+        path: a file of arrays (.safetensors or .npz with `x` and `y`), a table (.csv, .parquet), a
+            text (.txt) or a folder of texts, or a folder with one subfolder of images for each
+            label, such as `cat/1.png`.
         keys: how this table is read, where it differs from the server's: delimiter, decimal and
             encoding, as in `[data]` of a recipe.
     """
@@ -53,12 +54,12 @@ class ClientData:
             raise DataError(
                 "there is no such file or folder", place=f"'{self.path}'", cure="check the path"
             )
-        known = self.path.suffix in (*ARRAYS, *TABLES)
+        known = self.path.suffix in (*ARRAYS, *SUFFIXES)
         if not self.path.is_dir() and not known:
             raise DataError(
                 f"got '{self.path.suffix}'",
                 place=f"'{self.path}'",
-                cure=f"give {', '.join((*ARRAYS, *TABLES))}, or a folder label/image.png",
+                cure=f"give {', '.join((*ARRAYS, *SUFFIXES))}, or a folder label/image.png",
             )
 
     def arrays(self, offer: Offer) -> Arrays:
@@ -68,39 +69,33 @@ class ClientData:
             DataError: if the data cannot be read, have another layout, or lack examples. For
                 another layout the error says which was found and which is needed.
         """
-        if self.path.is_dir():
+        about = None if offer.inputs is None else Preparation.from_json(offer.inputs)
+        kind = None if about is None else KINDS.get(about.kind)
+        if about is not None and kind is not None and kind.takes(self.path):
+            settings = self._settings(offer)
+            about = replace(about, decimal=settings.decimal)
+            # Columns and word lists come from the server, so equal rows are encoded equally
+            # everywhere. The client's side of the stage will standardise the examples.
+            found = kind.read(self.path, about, settings, offer.task)[0]
+        elif self.path.is_dir():
             found = self._images(offer)
-        elif self.path.suffix in TABLES:
-            found = self._table(offer)
-        else:
+        elif self.path.suffix in ARRAYS:
             found = read_arrays(self.path)
+        else:
+            what = "table" if self.path.suffix in TABLES else "text"
+            raise DataError(
+                f"the server's data are no {what}",
+                place=f"'{self.path}'",
+                cure="give prepared arrays, a .safetensors or .npz file with x and y",
+            )
         # Checked before training: the errors of torch would not say what is wrong with the file.
         check_layout(found, offer, f"'{self.path}'")
         return found
 
-    def _table(self, offer: Offer) -> Arrays:
-        """Reads the columns of a table that the offer names, or windows over its rows.
-
-        Rows without a known label are left out, and rows with a word that cannot be encoded.
-        """
-        # Columns and word lists come from the server, so equal rows are encoded equally everywhere.
-        about = None if offer.inputs is None else Preparation.from_json(offer.inputs)
-        if about is None or about.kind not in KINDS:
-            raise DataError(
-                "the server's data are no table",
-                place=f"'{self.path}'",
-                cure="give prepared arrays, a .safetensors or .npz file with x and y",
-            )
-        settings = self._settings(offer)
-        about = replace(about, decimal=settings.decimal)
-        # The client's side of the stage will standardise the rows.
-        arrays, _ = KINDS[about.kind](self.path, about, settings, offer.task)
-        return arrays
-
     def _settings(self, offer: Offer) -> DataSettings:
-        """Returns how the table is read: as the server's, where it does not differ."""
+        """Returns how the file is read: as the server's, where it does not differ."""
         how = {**offer.reading.model_dump(), **self.keys}
-        source = TABLES[self.path.suffix]
+        source = TABLES.get(self.path.suffix, "text")
         if source == "csv" and "delimiter" not in self.keys:
             how["delimiter"] = delimiter_of(self.path, how["delimiter"], how["encoding"])
             # The server's decimal comma cannot be meant in a table whose columns it separates.

@@ -163,11 +163,14 @@ def _query(stage: Json) -> list[str]:
     for key, what in (("mean", "mean and standard deviation"), ("median", "median and quartiles")):
         if names := [name for name, found in columns.items() if key in found]:
             asked.append(f"{what} of {', '.join(names)}")
-    if words := stage.get("words"):
+    words = list(stage.get("words") or ())
+    if words == ["vocabulary"]:
+        asked.append("the tokens of the vocabulary")
+    elif words:
         asked.append(f"the most frequent words of {', '.join(words)}")
     if not asked:
         asked = ["what fills missing cells"]
-    return [f"Asked once, by {stage.get('sums')} sums over all rows: {'; '.join(asked)}."]
+    return [f"Asked once, by {stage.get('sums')} sums over all examples: {'; '.join(asked)}."]
 
 
 def _left(stage: Json) -> list[str]:

@@ -1,6 +1,7 @@
 """`fedpress client --check RECIPE`: data that a run would take pass, and others are told."""
 
 import csv
+import random
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ from PIL import Image
 
 from fedpress.api.deployment import check_client
 from fedpress.errors import FedpressError
+from tests.api.test_predict_series import STEPS, steps, write
+from tests.stages.statistics import texts
 
 DIGITS = """
 name = "checked"
@@ -100,6 +103,19 @@ def test_the_column_that_names_clients_is_no_feature_of_a_clients_table(recipe, 
         assert said.endswith("compare these with the server's: age, pressure")
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_windows_over_the_rows_of_a_client_are_counted(recipe, tmp_path, named):
+    rows = [row for row in steps(random.Random(0)) if row["person"] == "anna"]
+    for row in rows:
+        if not named:
+            del row["person"]
+    write(tmp_path / "own.csv", rows)
+    text = STEPS.format(path="server.csv").split("[[stage]]")[0]
+    said = check_client(recipe(text + '[[stage]]\nkind = "federate"\n'), tmp_path / "own.csv")
+    # 60 readings of each of two devices, in windows of 8 with a stride of 5.
+    assert said.startswith("22 examples of shape [3, 8], task classification: they fit")
+
+
 def test_columns_that_the_recipe_names_are_compared(recipe, tmp_path):
     named = recipe(TABLE.replace("\nclasses", '\nfeature_columns = ["age", "pressure"]\nclasses'))
     said = check_client(named, table(tmp_path / "own.csv", ("outcome", "pressure", "age")))
@@ -138,3 +154,13 @@ def test_a_label_beyond_the_recipes_classes_is_told(recipe, tmp_path):
     text = DIGITS.replace('"digits"\n', '"digits"\nclasses = ["0", "1", "2"]\n')
     with pytest.raises(FedpressError):
         check_client(recipe(text), arrays(tmp_path / "own.npz"))
+
+
+def test_a_text_that_fits_passes(recipe, tmp_path):
+    text = texts.written(tmp_path / "texts") + texts.ASKING
+    said = check_client(recipe(text), tmp_path / "texts" / "c0.txt")
+    # 3,029 letters and spaces; each but the first is a target in one of the sequences of 10.
+    assert said.startswith("303 examples of shape [10], task language: they fit texts")
+    assert check_client(recipe(text), tmp_path / "texts").startswith("909 examples")
+    with pytest.raises(FedpressError, match=r"c0.txt': the recipe's data are no text; give"):
+        check_client(recipe(DIGITS), tmp_path / "texts" / "c0.txt")

@@ -11,6 +11,7 @@ from fedpress.api import begin
 from fedpress.cli.server import public_alone
 from fedpress.network.folders import ClientFolder, ServerFolder
 from fedpress.pipeline.start import load_data
+from tests.stages.statistics import hospitals as statistics
 
 
 @pytest.fixture
@@ -121,6 +122,15 @@ def test_split_writes_a_file_for_each_client_and_never_over_another(shell, tmp_p
     checked = shell("client", "--data", "clients/c0.safetensors", "--check", tiny_file)
     assert checked.code == 0
     assert "examples of shape" in checked.out
+
+
+def test_split_refuses_examples_that_a_query_has_still_to_complete(shell, tmp_path):
+    text = statistics.written(tmp_path / "tables") + statistics.FIRST
+    (tmp_path / "private.toml").write_text(text)
+    said = shell("network", "split", "private.toml")
+    assert said.code == 2
+    assert "recipe.data.statistics: the clients' examples follow from the answer" in said.err
+    assert not (tmp_path / "clients").exists()
 
 
 @pytest.fixture

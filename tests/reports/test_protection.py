@@ -145,7 +145,7 @@ def test_a_query_says_what_was_asked_and_what_it_cost():
     it = protection(QUERY)
     assert "protected with ε = 2.00 at δ = 1e-5" in it.summary
     assert it.summary.endswith(
-        "Asked once, by 12 sums over all rows: mean and standard deviation of age, pay; the most "
+        "Asked once, by 12 sums over all examples: mean and standard deviation of age, pay; the most "
         "frequent words of job."
     )
     assert "gradient" not in " ".join(it.protected)
@@ -163,3 +163,10 @@ def test_a_query_beside_an_open_stage_promises_nothing_for_the_run():
     first, _ = protections([QUERY, {"kind": "federate", "name": "open"}])
     assert "But not in the run as a whole: “open” used private data" in first.summary
     assert all_private([QUERY])
+
+
+def test_a_query_of_texts_says_so():
+    texts = {**QUERY, "columns": {}, "words": {"vocabulary": ["a", "b"]}}
+    assert protection(texts).summary.endswith(
+        "sums over all examples: the tokens of the vocabulary."
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fedpress.api.approving import approve, asked_for
 from fedpress.core.examples import Arrays
@@ -29,6 +30,7 @@ from fedpress.stages.federate.offer import Offer
 from fedpress.workspace.folder import RunFolder
 from tests.harness import finish
 from tests.network.deployment import Machines
+from tests.stages.statistics import texts
 from tests.stages.statistics.hospitals import FIRST, TRAINING, lines_of, written
 
 
@@ -175,6 +177,34 @@ def test_an_owner_approves_the_query_before_it_is_asked_and_it_is_charged_once(t
     assert rows["statistics"].epsilon == pytest.approx(2.0, rel=1e-3)
     assert rows["statistics"].answered == 1
     assert rows["federate"].recipe == training.fingerprint
+
+
+@pytest.mark.recipe
+def test_an_approved_query_finds_the_vocabulary_of_texts_elsewhere(tmp_path):
+    private = "privacy = { unit"
+    text = (texts.written(tmp_path / "clients") + texts.ASKING + texts.TRAINING).replace(
+        private, "\n" + private
+    )
+    rules = Policy(
+        require_approval=True,
+        privacy=PrivacyRules(secure_noise=False, delta=1e-3),
+        families=("column-sums",),
+        code=("tests.stages.statistics.texts:Keyboard",),
+    )
+    network = machines(tmp_path, text, rules)
+    network.labels = network.recipe.data.label_columns
+    # The server's own texts have no clients.
+    network.data = replace(network.data, public=network.data.clients["c0"].take(torch.arange(9)))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(text)
+    query, _ = approve(recipe, ledger=tmp_path / "ledger.sqlite")
+    assert "in how many parts of the texts each token of a list is" in " ".join(query.words)
+    found = executed(network, text, tmp_path / "run")
+    first, second = found["stages"]
+    assert (first["clients"], second["clients"]) == (3, 3)
+    assert set(first["words"]["vocabulary"]) == set(texts.LETTERS[: texts.KEPT])
+    rows = {row.stage: row for row in status(network.gates["c0"].ledger, rules)}
+    assert rows["statistics"].epsilon == pytest.approx(first["epsilon"], rel=1e-3)
 
 
 @pytest.mark.recipe
