@@ -4,18 +4,20 @@
     python examples/get.py --list
 
 The folder `data/heart_disease` is then what the example's page gives to `--data`. A download that
-breaks off goes on where it stopped. Where the source publishes a checksum the file is compared with
-it; elsewhere columns and numbers of rows are counted. What was checked is printed.
+breaks off goes on where it stopped. Where the source publishes a checksum (MD5, or a commit of git)
+the file is compared with it; elsewhere columns and numbers of rows are counted. What was checked is
+printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,14 @@ CUSTOMER = (
 """Columns of the credit cards, which the source calls ID, X1 to X23 and Y."""
 STATIONS, HOURS = 12, 420_768
 """Stations of the air quality, and their rows together."""
+WALKS = "25bcf905596d44bdb689e4c26d6cc6caff8956a3"
+"""Commit of the recordings of phones and watches, tag v1.0.0-r1."""
+WALKS_TREE = "fe704b98af3c5615776e552be1d1a50bed87798d"
+"""Git's checksum of the folder DATA in that commit: its names and the contents of its files."""
+DEVICES = {"sp": "smartphone", "sw": "smartwatch"}
+"""End of a recording's name -> its device."""
+TRIED = "s05_01_sp"
+"""A recording of a person whom the example tests on, for `fedpress predict`."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,39 @@ def air_quality(archive: Path, folder: Path) -> str:
     return f"{len(table):,} rows of {count} stations, and the names of the columns"
 
 
+def phone_watch_har(archive: Path, folder: Path) -> str:
+    """Writes all recordings as one table, `har.parquet`, and one of them as `s05_01_sp.csv`."""
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    files = {}
+    with zipfile.ZipFile(archive) as opened:
+        for path in opened.namelist():
+            inside = path.partition("/DATA/")[2]
+            if inside and not inside.endswith("/"):
+                files[inside] = opened.read(path)
+    found = git_tree(files)
+    require(archive, found == WALKS_TREE, f"its folder DATA is {found}, not {WALKS_TREE}")
+    tables = {}
+    for path in sorted(path for path in files if "/" in path):
+        name = Path(path).stem
+        person, recording, device = name.split("_")
+        table = pyarrow.csv.read_csv(io.BytesIO(files[path]))
+        count = table.num_rows
+        columns = {
+            "subject": pa.array([person] * count).dictionary_encode(),
+            "execution": pa.array([int(recording)] * count),
+            "device": pa.array([DEVICES[device]] * count).dictionary_encode(),
+        }
+        names = [*columns, *table.column_names]
+        tables[name] = pa.table([*columns.values(), *table.columns], names)
+    table = pa.concat_tables(tables.values()).unify_dictionaries()
+    pyarrow.parquet.write_table(table, folder / "har.parquet")
+    pyarrow.csv.write_csv(tables[TRIED], folder / f"{TRIED}.csv")
+    return f"git's checksum of {len(tables)} recordings, {table.num_rows:,} rows"
+
+
 def as_it_is(file: Path, folder: Path) -> str:
     """Keeps the downloaded file."""
     file.rename(folder / file.name)
@@ -142,6 +185,12 @@ SOURCES = {
         "Chen 2017, CC BY 4.0",
         air_quality,
     ),
+    "phone_watch_har": Source(
+        f"https://github.com/GeoTecINIT/sp-sw-har-dataset/archive/{WALKS}.zip",
+        "https://doi.org/10.1016/j.dib.2023.109809",
+        "Matey-Sanz, Casteleyn and Granell 2023, CC BY 4.0",
+        phone_watch_har,
+    ),
     "tiny_shakespeare": Source(
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "https://github.com/karpathy/char-rnn",
@@ -162,6 +211,40 @@ def members(archive: Path | io.BytesIO, begin: str, end: str) -> Iterator[tuple[
                 yield from members(io.BytesIO(opened.read(path)), begin, end)
             elif name.startswith(begin) and name.endswith(end):
                 yield name, opened.read(path)
+
+
+def git_tree(files: Mapping[str, bytes]) -> str:
+    """Returns the name that git gives a folder: the SHA-1 of its files, read from within.
+
+    GitHub packs an archive anew when it is asked, so the archive itself has no lasting checksum.
+
+    Args:
+        files: path inside the folder, such as "s01/s01_01_sp.csv", -> content. All are plain files.
+
+    >>> git_tree({})
+    '4b825dc642cb6eb9a060e54bf8d69288fbee4904'
+    """
+    folders: dict[str, dict[str, bytes]] = {}
+    entries = []
+    for path, content in files.items():
+        name, slash, inside = path.partition("/")
+        if slash:
+            folders.setdefault(name, {})[inside] = content
+        else:
+            # 100644 is a file that nobody executes.
+            entries.append((name, "100644", git_object("blob", content)))
+    for name, inside_files in folders.items():
+        entries.append((name, "40000", git_tree(inside_files)))
+    # Git sorts a folder as if its name ended with a slash.
+    entries.sort(key=lambda entry: entry[0] + "/" * (entry[1] == "40000"))
+    lines = [f"{mode} {name}\0".encode() + bytes.fromhex(id) for name, mode, id in entries]
+    return git_object("tree", b"".join(lines))
+
+
+def git_object(kind: str, content: bytes) -> str:
+    """Returns the SHA-1 by which git calls a file ("blob") or a folder ("tree")."""
+    head = f"{kind} {len(content)}\0".encode()
+    return hashlib.sha1(head + content, usedforsecurity=False).hexdigest()
 
 
 def require(file: Path, holds: bool, problem: str) -> None:

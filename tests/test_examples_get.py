@@ -117,6 +117,45 @@ def test_the_stations_become_one_table(get, site, tmp_path):
     assert table["PM2.5"].null_count == table.num_rows == 24
 
 
+def recordings(site, get) -> dict[str, bytes]:
+    """Serves recordings of two people in the layout of the source; returns the files of DATA."""
+    head, reading = "x_acc,y_acc,z_acc,x_gyro,y_gyro,z_gyro,timestamp,label", "1,2.5,3,4,5,6"
+    files = {"subjects_info.csv": b"subject_id,age\n"}
+    for person, device in (("s05", "sw"), ("s05", "sp"), ("s01", "sp")):
+        rows = [f"{reading},{1657533977813 + at},SEATED" for at in range(3)]
+        files[f"{person}/{person}_01_{device}.csv"] = "\n".join([head, *rows]).encode()
+    top = "sp-sw-har-dataset-1"
+    archive = {f"{top}/README.md": b"read me", f"{top}/DATA/": b""}
+    archive |= {f"{top}/DATA/{path}": content for path, content in files.items()}
+    (site / f"{get.WALKS}.zip").write_bytes(packed(archive))
+    return files
+
+
+def test_the_recordings_become_one_table_and_one_file_to_predict(get, site, tmp_path, monkeypatch):
+    monkeypatch.setattr(get, "WALKS_TREE", get.git_tree(recordings(site, get)))
+    assert get.main(["phone_watch_har", "--out", str(tmp_path)]) == 0
+    table = parquet.read_table(tmp_path / "phone_watch_har" / "har.parquet")
+    assert table.column_names[:4] == ["subject", "execution", "device", "x_acc"]
+    assert table["subject"].to_pylist() == ["s01"] * 3 + ["s05"] * 6
+    assert table["device"].to_pylist()[3:] == ["smartphone"] * 3 + ["smartwatch"] * 3
+    assert table["timestamp"].to_pylist()[1] == 1657533977814
+    lines = (tmp_path / "phone_watch_har" / "s05_01_sp.csv").read_text().splitlines()
+    assert lines[0].replace('"', "").startswith("subject,execution,device,x_acc")
+    assert len(lines) == 4
+
+
+def test_changed_recordings_are_refused(get, site, tmp_path, capsys):
+    recordings(site, get)
+    assert get.main(["phone_watch_har", "--out", str(tmp_path)]) == 2
+    assert "not fe704b98af3c5615776e552be1d1a50bed87798d" in capsys.readouterr().err
+
+
+def test_the_checksum_of_a_folder_is_that_of_git(get):
+    # By `git write-tree`. A folder s01 stands behind the file s01.csv, not before it.
+    files = {"s05/y.csv": b"c\n", "s01/x.csv": b"b\n", "s01.csv": b"a\n"}
+    assert get.git_tree(files) == "e31e4c2e2e6866a9284da4211557a7cb7aa596f8"
+
+
 def test_a_file_with_another_checksum_is_refused(get, site, tmp_path, capsys):
     (site / "input.txt").write_text("ROMEO:\nBut soft")
     assert get.main(["tiny_shakespeare", "--out", str(tmp_path)]) == 2
