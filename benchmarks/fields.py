@@ -14,8 +14,12 @@ with the same weights and are measured on the same test rows:
   clients in a round, `--plain num_rounds=40 lr=0.002` sets what this arm, local and pooled have
   instead;
 - private: the federate stage as it is;
-- small: the whole recipe.
+- small: the whole recipe;
+- personal (`--head NAMES`, recipes with `test_clients`): each test client takes the private model
+  and tunes the parameters NAMES on the first half of its own rows; measured on the second half.
+  `untuned` is the private model on the same rows.
 
+With `--leave-others-out` each seed has other test clients: the next ones in the list of names.
 The table has the mean and the standard deviation over the seeds.
 """
 
@@ -80,6 +84,32 @@ def arms(
     yield "private", stages, data
 
 
+def left_others_out(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Returns `[data]` in which each test client is replaced by the client `seed` names later."""
+    data = load(DataSettings(**settings), 0)
+    names = sorted({*data.clients, *settings["test_clients"]})
+    left = [names[(names.index(name) + seed) % len(names)] for name in settings["test_clients"]]
+    return {**settings, "test_clients": left}
+
+
+def at_home(settings: Mapping[str, Any], data: FederatedData, seed: int) -> Iterator[FederatedData]:
+    """Yields the data of each test client alone: it holds its first rows, its last are the test."""
+    for name in settings["test_clients"]:
+        own = {"public_clients": [name], "test_clients": settings["public_clients"]}
+        rows = load(DataSettings(**{**settings, **own, "validation": 0.5}), seed)
+        if rows.class_names != data.class_names:
+            raise SystemExit(f"{name} does not show all classes; list `classes` in [data]")
+        # Means and deviations stay those of the federation.
+        alone = {"clients": {name: rows.public}, "test": rows.validation}
+        yield replace(data, **alone, test_owners=None, test_owner_names=())
+
+
+def personal(stage: Mapping[str, Any], head: str) -> dict[str, Any]:
+    """Returns the stage in which a client tunes the parameters `head`, for itself."""
+    kept = {key: stage[key] for key in LOCAL if key in stage}
+    return {"kind": "federate", "num_rounds": 20, "epochs": 1, **kept, "trainable": [head]}
+
+
 def results(
     recipe: Mapping[str, Any], data: FederatedData, out: Path, code: str | tuple[()]
 ) -> list[dict[str, Any]]:
@@ -89,36 +119,48 @@ def results(
 
 
 def measured(
-    recipe: Mapping[str, Any],
-    seed: int,
-    wanted: list[str],
-    alone: int | None,
-    plain: Mapping[str, Any],
+    recipe: Mapping[str, Any], seed: int, ask: argparse.Namespace, folder: Path
 ) -> Iterator[dict[str, Any]]:
-    """Yields a row for each arm: its name, and what the network is worth on the test rows."""
-    recipe = {**recipe, "seed": seed}
+    """Yields a row for each arm: its name, and what the network is worth on the test rows.
+
+    Args:
+        recipe: the recipe.
+        seed: of split, weights, batches and noise.
+        ask: the arguments of the command.
+        folder: where the runs are kept: one for each arm, "local" one for each client.
+    """
+    recipe = dict(recipe, seed=seed)
+    if ask.leave_others_out:
+        recipe["data"] = left_others_out(recipe["data"], seed)
     data = load(DataSettings(**recipe["data"]), seed)
     stages, architecture = recipe["stage"], recipe["model"]["architecture"]
     code = architecture if ":" in architecture else ()
     at = next(i for i, stage in enumerate(stages) if stage["kind"] == "federate")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if at:
-            row, begun = {"arm": "public", "seed": seed}, time.perf_counter()
-            lines = results({**recipe, "stage": stages[:at]}, data, folder / "public", code)
-            yield {**row, "seconds": round(time.perf_counter() - begun, 1), **lines[-1]}
-            recipe = {**recipe, "model": {"checkpoint": str(folder / "public")}}
-        for number, (arm, own, given) in enumerate(arms(stages[at:], data, alone, plain)):
-            if arm not in wanted:
-                continue
-            begun = time.perf_counter()
-            lines = results({**recipe, "stage": own}, given, folder / str(number), code)
-            took = round(time.perf_counter() - begun, 1)
-            named = {arm: lines[-1]}
-            if arm == "private":
-                named = {"private": lines[0], "small": lines[-1]}
-            for name, line in named.items():
-                yield {"arm": name, "seed": seed, "seconds": took, **line}
+
+    def timed(arm: str, own: Stages, given: FederatedData, name: str) -> list[dict[str, Any]]:
+        begun = time.perf_counter()
+        lines = results({**recipe, "stage": own}, given, folder / name, code)
+        row = {"arm": arm, "seed": seed, "seconds": round(time.perf_counter() - begun, 1)}
+        return [{**line, **row} for line in lines]
+
+    if at:
+        yield timed("public", stages[:at], data, "public")[-1]
+        recipe["model"] = {"checkpoint": str(folder / "public")}
+    plain = tomllib.loads("\n".join(ask.plain))
+    for number, (arm, own, given) in enumerate(arms(stages[at:], data, ask.alone, plain)):
+        if arm not in ask.arms:
+            continue
+        lines = timed(arm, own, given, f"{arm}-{number}" if arm == "local" else arm)
+        yield lines[0]
+        if arm == "private":
+            yield {**lines[-1], "arm": "small"}
+    if ask.head is None:
+        return
+    recipe["model"] = {"checkpoint": str(folder / "private" / "stages" / "0-federate")}
+    tuned = personal({**stages[at], **plain}, ask.head)
+    for number, given in enumerate(at_home(recipe["data"], data, seed)):
+        yield timed("untuned", [{**tuned, "num_rounds": 0}], given, f"untuned-{number}")[-1]
+        yield timed("personal", [tuned], given, f"personal-{number}")[-1]
 
 
 def table(rows: list[dict[str, Any]], metrics: list[str]) -> str:
@@ -152,26 +194,32 @@ def main() -> None:
     parser.add_argument(
         "--plain", nargs="+", default=[], help="KEY=VALUE of the plain arms, as TOML"
     )
+    parser.add_argument("--head", help="parameters that each test client tunes, such as 14.*")
+    parser.add_argument("--leave-others-out", action="store_true", help="with each seed")
+    parser.add_argument(
+        "--keep", type=Path, help="folder for the runs; by default they are deleted"
+    )
     parser.add_argument("--log", type=Path, help="append each result to this file")
     given = parser.parse_args()
+    if given.head is not None and "private" not in given.arms:
+        parser.error("--head tunes the private model: add private to --arms")
     sys.path.insert(0, str(given.recipe.parent))
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(given.recipe.parent), os.environ.get("PYTHONPATH", "")]
     )
     recipe = tomllib.loads(given.recipe.read_text("utf-8"))
     recipe["data"]["path"] = str(given.data)
-    plain = tomllib.loads("\n".join(given.plain))
     rows = []
-    for seed in given.seeds:
-        for row in measured(recipe, seed, given.arms, given.alone, plain):
-            rows.append(row)
-            print(
-                {key: row.get(key) for key in ("arm", "seed", "seconds", *given.metrics)},
-                flush=True,
-            )
-            if given.log is not None:
-                with open(given.log, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row, default=str) + "\n")
+    with tempfile.TemporaryDirectory() as name:
+        kept = Path(name) if given.keep is None else given.keep
+        for seed in given.seeds:
+            for row in measured(recipe, seed, given, kept / str(seed)):
+                rows.append(row)
+                shown = ("arm", "seed", "seconds", *given.metrics)
+                print({key: row.get(key) for key in shown}, flush=True)
+                if given.log is not None:
+                    with open(given.log, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(row, default=str) + "\n")
     print(table(rows, given.metrics))
 
 
