@@ -115,11 +115,21 @@ def protections(stages: list[Json]) -> list[Protection]:
     If one stage used private data without privacy, the summaries of the other stages say so.
     """
     found = [protection(stage) for stage in asks_clients(stages)]
+    found = [_without_repetition(it, found[at + 1 :]) for at, it in enumerate(found)]
     open_stages = [it.title for it in found if not it.protected]
     # One stage without privacy voids the guarantee of the whole run.
     if not open_stages:
         return found
     return [_contradicted(it, open_stages) if it.protected else it for it in found]
+
+
+def _without_repetition(it: Protection, later: list[Protection]) -> Protection:
+    """Returns the guarantee with a reference in place of lists that a later one has, too."""
+    for other in later:
+        if (it.trusted, it.unprotected) == (other.trusted, other.unprotected):
+            same = [f"The same as in “{other.title}”, below."]
+            return replace(it, trusted=same, unprotected=same)
+    return it
 
 
 def all_private(stages: list[Json]) -> bool:

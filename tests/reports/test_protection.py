@@ -170,3 +170,11 @@ def test_a_query_of_texts_says_so():
     assert protection(texts).summary.endswith(
         "sums over all examples: the tokens of the vocabulary."
     )
+
+
+def test_what_a_later_stage_says_alike_is_said_once():
+    first, second = protections([QUERY, SAMPLE])
+    assert first.trusted == first.unprotected == ["The same as in “f”, below."]
+    assert second == protection(SAMPLE)
+    other, _ = protections([{**QUERY, "trust": "central"}, SAMPLE])
+    assert other.trusted == protection({**QUERY, "trust": "central"}).trusted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from fedpress.pipeline.start import first_state, load_data
 from fedpress.privacy.ledger import Ledger
 from fedpress.privacy.per_example.gradients import clipped_gradient_sum
 from fedpress.stages.federate.binding import bind
+from fedpress.stages.federate.rounds import FederatedRounds
 from fedpress.stages.statistics.stage import noise_std
 from fedpress.tasks import ColumnSums as SumsTask
 from fedpress.tasks.base import IGNORED
@@ -221,6 +223,37 @@ def test_a_vocabulary_that_drowns_in_noise_is_a_warning_of_the_check(texts):
     recipe = recipes.load(texts + ASKING, ["stage.0.privacy.epsilon=0.01"])
     [facts] = check_recipe(recipe, load_data(recipe))
     assert facts["warning"].startswith("the noise alone may have chosen all tokens")
+
+
+class Killed(BaseException):
+    """The end of the process."""
+
+
+@pytest.mark.recipe
+def test_a_run_that_is_killed_in_the_training_goes_on_with_the_same_bits(
+    texts, whole, tmp_path, monkeypatch
+):
+    path = tmp_path / "run"
+    real = FederatedRounds._charged
+    calls = count()
+
+    def dying(self, *args, **how):
+        # The query's round is the first one.
+        if next(calls) == 2:
+            raise Killed
+        return real(self, *args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FederatedRounds, "_charged", dying)
+        with pytest.raises(Killed):
+            finish(texts + ASKING + TRAINING, path)
+    finish(texts + ASKING + TRAINING, path, resume=True)
+    for name in ("ledger.json", "preparation.json", "stages/1-federate/model.safetensors"):
+        assert (path / name).read_bytes() == (whole / name).read_bytes()
+    # A run that takes the query over does not ask it again.
+    finish(texts + ASKING + TRAINING, tmp_path / "other", reuse=path)
+    for name in ("ledger.json", "preparation.json", "stages/1-federate/model.safetensors"):
+        assert (tmp_path / "other" / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.recipe
