@@ -34,7 +34,8 @@ class Answer:
         words: column -> the words that keep inputs.
         weak: columns whose mean the noise moves by more than their standard deviation.
         hidden: columns whose standard deviation the noise hides: the one given is an upper bound.
-        note: a further sentence of the warning; "" if there is none.
+        chosen_by_noise: column of words, or "vocabulary" -> (how many of its words the noise alone
+            may have chosen, how many there are).
     """
 
     preparation: Preparation
@@ -42,12 +43,17 @@ class Answer:
     words: dict[str, JsonValue] = field(default_factory=dict)
     weak: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
-    note: str = ""
+    chosen_by_noise: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def warning(self) -> str:
         """A sentence about columns that the query could not measure; "" if there are none."""
-        said = [self.note] if self.note else []
+        said = []
+        for name, (lost, count) in self.chosen_by_noise.items():
+            said.append(
+                f"the noise alone may have chosen {lost} of the {count} words of '{name}', so give "
+                "fewer words or a larger epsilon"
+            )
         if self.weak:
             said.append(weak_columns(self.weak))
         if rest := [name for name in self.hidden if name not in self.weak]:
@@ -134,7 +140,7 @@ class Query:
                 mean.append(center)
                 scale.append(spread)
             else:
-                kept = self._of_words(column, asked[1], std)
+                kept = self._of_words(column, asked[1], std, found)
                 columns.append(kept)
                 # Inputs of 0 and 1 have a fit scale as they are.
                 mean += [0.0] * kept.width
@@ -222,7 +228,9 @@ class Query:
             found.weak.append(name)
         return center, spread
 
-    def _of_words(self, column: InputColumn, sums: list[float], std: float) -> InputColumn:
+    def _of_words(
+        self, column: InputColumn, sums: list[float], std: float, found: Answer
+    ) -> InputColumn:
         """Returns the column with its most frequent words, and the share of each as its fill."""
         share, counts, _ = self._of_present(sums, std)
         if column.kind != "words":
@@ -232,7 +240,11 @@ class Query:
         if column.name in self.settings.words:
             rest = chosen(column, ())
             ranked = sorted(set(column.words) - {*rest}, key=lambda word: -by_word[word])
-            kept = chosen(column, tuple(ranked[: self.settings.words[column.name]]))
+            best = ranked[: self.settings.words[column.name]]
+            lost = sum(by_word[word] < largest_noise(std, len(ranked)) for word in best)
+            if lost:
+                found.chosen_by_noise[column.name] = (lost, len(best))
+            kept = chosen(column, tuple(best))
         fill = tuple(min(max(by_word[word] / share, 0.0), 1.0) for word in kept)
         return replace(column, words=kept, fill=fill if column.fill else ())
 
@@ -334,6 +346,15 @@ def quantile(q: float, counts: Sequence[float], column: Number) -> float:
         else:
             node, q = 2 * node + 1, (q - share) / (1 - share)
     return column.low + (node + q) * 2 * column.half / column.bins
+
+
+def largest_noise(std: float, count: int) -> float:
+    """Returns how large the largest of so many draws of the noise is about.
+
+    It is sqrt(2 log n) standard deviations (Donoho and Johnstone 1994). A count below it may be
+    that of a word that nobody has.
+    """
+    return std * math.sqrt(2 * math.log(max(count, 2)))
 
 
 ADVICE = "so give closer bounds, fewer columns or a larger epsilon"

@@ -13,14 +13,11 @@ from fedpress.data.vocabulary import shortened, text_part
 from fedpress.errors import RecipeError
 from fedpress.federation import trust_of
 from fedpress.models.column_sums import ColumnSums
-from fedpress.stages.statistics.query import LEAST, Answer
+from fedpress.stages.statistics.query import LEAST, Answer, largest_noise
 from fedpress.stages.statistics.settings import StatisticsSettings
 
 VOCABULARY = "vocabulary"
 """Key of the tokens in a result, where tables have their columns of words."""
-
-DROWNED = "the noise alone may have chosen"
-ADVICE = " of the vocabulary, so give a larger epsilon or a smaller vocabulary"
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,11 @@ class VocabularyQuery:
         """Returns what the noise does to the answer: its standard deviation on each mean vote."""
         found = {"error_of_votes": f"{std:.3g}"}
         # So much has each token of the vocabulary if every sequence has all of them.
-        if self._largest_noise(std) > 1 / math.sqrt(self._kept):
-            found["warning"] = f"{DROWNED} all tokens{ADVICE}"
+        if largest_noise(std, len(self._candidates)) > 1 / math.sqrt(self._kept):
+            found["warning"] = (
+                "the noise alone may choose the whole vocabulary, so give a larger epsilon or a "
+                "smaller vocabulary"
+            )
         return found
 
     def answer(self, network: ColumnSums, means: Tensor, std: float) -> Answer:
@@ -77,14 +77,7 @@ class VocabularyQuery:
         kept = ranked[: self._kept]
         found = Answer(shortened(self.about, ranked))
         found.words = {VOCABULARY: [*kept]}
-        lost = sum(votes[name] < self._largest_noise(std) for name in kept)
+        lost = sum(votes[name] < largest_noise(std, len(votes)) for name in kept)
         if lost:
-            found.note = f"{DROWNED} {lost} of the {len(kept)} tokens{ADVICE}"
+            found.chosen_by_noise[VOCABULARY] = (lost, len(kept))
         return found
-
-    def _largest_noise(self, std: float) -> float:
-        """Returns how large the largest noise of all candidates is about.
-
-        It is sqrt(2 log n) standard deviations for n draws (Donoho and Johnstone 1994).
-        """
-        return std * math.sqrt(2 * math.log(len(self._candidates)))

@@ -178,6 +178,17 @@ def test_any_noise_gives_usable_statistics(gaps, method):
         assert Preparation.from_json(about.to_json()) == about
 
 
+def test_words_that_the_noise_may_have_chosen_are_counted():
+    asked = query(words={"job": 3})
+    sums = network(asked)
+    means = sums.phi(table(1000)).double().mean(0)
+    assert not asked.answer(sums, means, 1e-4).chosen_by_noise
+    # A word of three that half of the rows, a third and a tenth have.
+    found = asked.answer(sums, means, 0.15)
+    assert found.chosen_by_noise == {"job": (1, 3)}
+    assert "the noise alone may have chosen 1 of the 3 words of 'job'" in found.warning
+
+
 def test_columns_that_drown_in_noise_are_named():
     asked = query()
     sums = network(asked)
