@@ -6,6 +6,7 @@ import tomllib
 import pytest
 
 from fedpress.network import policy as policies
+from fedpress.network.folders import ClientConfig
 from fedpress.pipeline import recipe as recipes
 from tests import pages
 
@@ -95,6 +96,9 @@ def test_every_recipe_has_keys_that_are_known(block):
     text = block.body
     if text.startswith("# policy.toml"):
         policies.parse(text)
+        return
+    if text.startswith("# client.toml"):
+        ClientConfig.model_validate(given)
         return
     if not {"stage", "data", "model"} & {*given}:
         text = BEFORE["stage"] + text  # keys of a stage alone

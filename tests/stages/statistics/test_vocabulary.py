@@ -234,7 +234,8 @@ def test_a_run_that_is_killed_in_the_training_goes_on_with_the_same_bits(
     texts, whole, tmp_path, monkeypatch
 ):
     path = tmp_path / "run"
-    real = FederatedRounds._charged
+    charging = "_charged"
+    real = getattr(FederatedRounds, charging)
     calls = count()
 
     def dying(self, *args, **how):
@@ -244,7 +245,7 @@ def test_a_run_that_is_killed_in_the_training_goes_on_with_the_same_bits(
         return real(self, *args, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FederatedRounds, "_charged", dying)
+        patch.setattr(FederatedRounds, charging, dying)
         with pytest.raises(Killed):
             finish(texts + ASKING + TRAINING, path)
     finish(texts + ASKING + TRAINING, path, resume=True)
