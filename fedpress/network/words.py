@@ -64,7 +64,9 @@ def _training(terms: Terms) -> list[str]:
 def _query(terms: Terms) -> list[str]:
     """Returns sentences about a query: the columns of which sums are asked."""
     asked: Mapping[str, Any] = terms.arguments
-    found = ["Trains nothing: asks all clients once for one update, which is sums over their rows."]
+    found = [
+        "Trains nothing: asks all clients once for one update, which is sums over their examples."
+    ]
     if asked["bounds"]:
         what = "mean and standard deviation" if not asked["bins"] else "median and quartiles"
         shown = [f"{name} ({low:g} to {high:g})" for name, (low, high) in asked["bounds"].items()]
