@@ -194,18 +194,25 @@ def description(task: Task | type[Task]) -> dict[str, Any]:
         told["parts"] = list(task.names)
     if not is_own(task.kind):
         return told
-    return {**told, "task_metrics": [asdict(metric) for metric in task.shown_metrics]}
+    told["task_metrics"] = [asdict(metric) for metric in task.shown_metrics]
+    if task.by_part:
+        told["task_by_part"] = [asdict(metric) for metric in task.by_part]
+    return told
 
 
 def _described(kind: str, line: Mapping[str, Any]) -> type[Task]:
     """Returns a class with the metrics that a result describes; it cannot be instantiated."""
-    try:
-        metrics = tuple(Metric(**metric) for metric in line["task_metrics"])
-    # A result of another version, or one that somebody changed.
-    except (KeyError, TypeError):
-        metrics = ()
-    body = {"kind": kind, "shown_metrics": metrics or Classification.shown_metrics}
+    shown = _metrics(line.get("task_metrics")) or Classification.shown_metrics
+    body = {"kind": kind, "shown_metrics": shown, "by_part": _metrics(line.get("task_by_part"))}
     return type("Described", (Task,), body)
+
+
+def _metrics(described: Any) -> tuple[Metric, ...]:
+    """Returns metrics that a result describes; none of another version's, or a damaged one's."""
+    try:
+        return tuple(Metric(**metric) for metric in described or ())
+    except TypeError:
+        return ()
 
 
 __all__ = [

@@ -43,7 +43,11 @@ class Multilabel(Task):
         Metric("exact_match", "exact match", share=True),
         Metric("loss", "log loss", "lower"),
     )
-    other_keys = ("macro_f1_warning",)
+    by_part = (
+        Metric("f1_by_label", "F1"),
+        Metric("auc_by_label", "AUC"),
+    )
+    other_keys = ("f1_by_label", "auc_by_label", "macro_f1_warning")
 
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
         """Returns the log loss in nats; the loss of an example is the mean over its labels."""
@@ -113,17 +117,25 @@ class Multilabel(Task):
         }
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Computes the metrics by key, and `macro_f1_warning`.
+        """Computes the metrics by key, and these further values.
 
-        This is a sentence if an output is NaN or all examples get the same labels, else None.
+        - `f1_by_label`: one number for each label; None for a label that no example has and that is
+          never predicted.
+        - `auc_by_label`: one number for each label; None for a label that every example has, or no
+          example, and for all labels if an output is NaN.
+        - `macro_f1_warning`: a sentence if an output is NaN or all examples get the same labels,
+          else None.
         """
         found: dict[str, JsonValue] = {**library_values(self._library_metrics, sums)}
         n, broken = int(sums["examples"]), int(sums["broken"])
-        found["auc"] = None
-        if not broken:
-            area = ranking.aucs(sums["scores"])
-            # A label that every example has, or no example, has no AUC. The mean leaves it out.
-            found["auc"] = json_number(area[~area.isnan()].mean())
+        area = ranking.aucs(sums["scores"])
+        if broken:
+            area = torch.full_like(area, torch.nan)
+        # A label without an AUC is left out of the mean.
+        found["auc"] = json_number(area[~area.isnan()].mean())
+        found["auc_by_label"] = [json_number(value) for value in area]
+        right, extra, lost = (sums[f"macro_f1.{state}"].double() for state in ("tp", "fp", "fn"))
+        found["f1_by_label"] = [json_number(v) for v in 2 * right / (2 * right + extra + lost)]
         warning = None
         answers = sums["answers"]
         if broken:

@@ -43,6 +43,23 @@ def test_shares_are_percent_and_a_class_that_is_not_there_has_no_bar():
     assert "from 25.00% to 50.00%" in iou.caption
 
 
+def test_labels_of_a_multilabel_task_have_their_own_figures():
+    stage = {"task": "multilabel", "parts": ["rain", "wind"], "auc_by_label": [0.75, None]}
+    f1, auc = by_part({**stage, "f1_by_label": [0.5, 0.25]})
+    assert (f1.title, auc.title) == ("F1 by label: ?", "AUC by label: ?")
+    assert drawn(f1) == {"rain": 0.5, "wind": 0.25}
+    assert drawn(auc) == {"rain": 0.75, "wind": None}
+
+
+def test_a_task_of_the_user_is_drawn_by_what_its_result_describes():
+    found = {"key": "hit_by_box", "name": "hits", "share": True}
+    stage = {"task": "not_loaded:Boxes", "task_by_part": [found], "parts": ["big", "small"]}
+    (hits,) = by_part({**stage, "hit_by_box": [0.5, 0.25]})
+    assert hits.title == "Hits by box: ?"
+    assert drawn(hits) == {"big": 50.0, "small": 25.0}
+    assert by_part({**stage, "hit_by_box": [0.5, 0.25], "task_by_part": [3]}) == []
+
+
 def test_the_recall_is_the_diagonal_of_the_confusion_by_the_sums_of_its_rows():
     stage = {"task": "classification", "parts": ["cat", "dog"], "confusion": [[3, 1], [5, 5]]}
     (recall,) = by_part(stage)

@@ -126,7 +126,20 @@ def test_those_of_a_multilabel_task():
     assert found["micro_f1"] == pytest.approx(sk.f1_score(y, answers, average="micro"))
     assert found["exact_match"] == pytest.approx(sk.accuracy_score(y, answers))
     assert found["auc"] == pytest.approx(sk.roc_auc_score(y, logits.numpy()), abs=2e-4)
+    assert found["f1_by_label"] == pytest.approx(list(sk.f1_score(y, answers, average=None)))
+    areas = sk.roc_auc_score(y, logits.numpy(), average=None)
+    assert found["auc_by_label"] == pytest.approx(list(areas), abs=5e-4)
     assert Multilabel(("a", "b", "c")).targets == "flags"
+
+
+def test_a_label_that_no_example_has_has_no_auc_and_no_f1():
+    logits = torch.tensor([[3.0, -1.0], [-2.0, -1.0], [1.0, -2.0]])
+    flags = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    found = measured(Multilabel(("a", "b")), logits, flags)
+    assert (found["auc"], found["auc_by_label"]) == (1.0, [1.0, None])
+    assert found["f1_by_label"] == [1.0, None]
+    logits[0, 1] = torch.nan
+    assert measured(Multilabel(("a", "b")), logits, flags)["auc_by_label"] == [None, None]
 
 
 @pytest.mark.parametrize("width", [1, 3])
