@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from fedpress.core.inputs import Inputs, call, shape_of, shape_text
-from fedpress.core.outputs import as_float32, output_tensors, outputs_text
+from fedpress.core.outputs import as_float32, output_tensors, outputs_text, spreads
 from fedpress.core.random_source import RandomSource, public_stream
 from fedpress.core.settings import SETTINGS
 from fedpress.errors import TrainingError, renaming, suggestion
@@ -182,6 +182,8 @@ class Distillation:
         self.context = context
         self.features = _pairs(settings.features)
         self.attention = _pairs(settings.attention)
+        # Standard deviation of each of the teacher's outputs over the examples.
+        self.spreads: list[float] = []
         # The student's features of the latest forward pass, by module name.
         self.student_features: dict[str, Tensor] = {}
         self.projections = nn.ModuleList()
@@ -204,6 +206,7 @@ class Distillation:
                 module.training = mode
 
         _check_logits(logits, teacher_logits)
+        self.spreads = spreads([teacher_logits])
         # `renaming` turns the place of an error into the setting that the user wrote.
         for at, (mine, theirs) in enumerate(self.features):
             shape = self.student_features[mine].shape
@@ -253,7 +256,7 @@ class Distillation:
         """
         s = self.settings
         teacher_features, teacher_logits = self.run_teacher(x)
-        loss = s.weight * self.task.soft_loss(logits, teacher_logits, s.temperature)
+        loss = s.weight * self._soft_loss(logits, teacher_logits)
         # At weight 1 the loss on targets has the factor 0, so it is not computed.
         if s.weight < 1:
             loss = loss + (1 - s.weight) * self.task.loss(logits, y)
@@ -264,6 +267,15 @@ class Distillation:
             own = self.student_features[mine].float()
             loss = loss + s.attention_weight * attention_loss(own, teacher_features[theirs])
         return loss
+
+    def _soft_loss(self, outputs: Tensor, teacher: Tensor) -> Tensor:
+        """Returns the task's soft loss; without one, several outputs count as shares of variance.
+
+        The squared difference of boxes in pixels would outweigh that of logits a thousand times.
+        """
+        if isinstance(outputs, Tensor) or self.task.own_soft_loss:
+            return self.task.soft_loss(outputs, teacher, self.settings.temperature)
+        return self.task.divergence(outputs, teacher, self.spreads)
 
     @torch.no_grad()
     def run_teacher(self, x: Inputs) -> tuple[dict[str, Tensor], Tensor]:
@@ -334,6 +346,12 @@ def _check_logits(logits: Tensor, teacher_logits: Tensor) -> None:
             ),
             place="teacher",
             cure="give a teacher of the same classes",
+        )
+    if not any(t.is_floating_point() for t in theirs):
+        raise TrainingError(
+            f"the teacher gives integers alone, {outputs_text(teacher_logits)} for one example",
+            place="teacher",
+            cure="make forward return floats, such as logits",
         )
     if not all(bool(t.isfinite().all()) for t in theirs):
         raise TrainingError(

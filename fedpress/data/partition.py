@@ -26,7 +26,7 @@ from fedpress.data.dealing import (
     numpy_generator,
     rows_by_class,
 )
-from fedpress.errors import DataError, SettingError, suggestion
+from fedpress.errors import Argument, DataError, SettingError, suggestion
 
 
 class _Settings(BaseModel, frozen=True, extra="forbid"):
@@ -223,8 +223,8 @@ class Natural(_Settings, frozen=True):
         if ask.num_clients is not None and ask.num_clients > len(names):
             raise DataError(
                 f"asked for {ask.num_clients} clients but the data has only {len(names)}",
-                place="partition 'natural'",
-                cure="lower num_clients",
+                place="num_clients",
+                cure=("give at most ", Argument("num_clients", len(names))),
             )
         count = len(names) if ask.num_clients is None else ask.num_clients
         chosen = chance.subset(len(names), count).tolist()
@@ -234,9 +234,9 @@ class Natural(_Settings, frozen=True):
             rows = torch.nonzero(pool.owners == pool.owner_names.index(name)).flatten()
             if len(rows) == 0:
                 raise DataError(
-                    f"client '{name}' has no rows left for training",
-                    place="partition 'natural'",
-                    cure="lower test_share or public_share",
+                    "no row is left for training",
+                    place=f"client '{name}'",
+                    cure="lower test_share or public_share, or leave this client out",
                 )
             # Shuffled, because the rows of a file may be sorted by date or label.
             dealt[name] = rows[chance.permutation(len(rows))][: ask.examples_per_client]

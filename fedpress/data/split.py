@@ -33,7 +33,7 @@ def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> Feder
     if partition is None:
         partition = Iid() if examples.owners is None else Natural()
     if examples.spans is not None and not isinstance(partition, Natural):
-        _refuse_shared_readings(examples.spans)
+        _refuse_shared_readings(examples.spans, settings)
     # Clients that the settings name are taken out with all their rows, before the shares.
     rows = torch.arange(len(examples.train))
     if examples.is_test is not None:
@@ -229,14 +229,20 @@ def _nothing_left(key: str) -> DataError:
     )
 
 
-def _refuse_shared_readings(spans: Tensor) -> None:
+def _refuse_shared_readings(spans: Tensor, settings: DataSettings) -> None:
     """Refuses to deal windows that share readings to different clients."""
-    if overlap(spans):
+    # One client with all rows shares them with nobody.
+    alone = settings.num_clients == 1 and settings.examples_per_client is None
+    if overlap(spans) and not alone:
+        # The key that asks for the deal; without one, 10 clients are the default.
+        asks = (settings.partition, settings.num_clients, settings.examples_per_client)
+        keys = ("partition", "num_clients", "examples_per_client")
+        given = [key for key, value in zip(keys, asks, strict=True) if value is not None]
         raise DataError(
             "windows share rows, so they cannot be dealt to different clients",
-            place="partition",
-            cure="give client_column, or set series.stride to the rows that a window, its lags and "
-            "its horizon take together",
+            place=given[0] if given else "series",
+            cure="give client_column, or num_clients = 1, or set series.stride to the rows that a "
+            "window, its lags and its horizon take together",
         )
 
 

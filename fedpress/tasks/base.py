@@ -220,17 +220,17 @@ class Task(ABC):
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Returns the distillation loss: the distance of outputs to a teacher's outputs [n, ...].
 
-        The default is the mean squared difference; of several outputs, the sum of these means.
+        The default is the mean squared difference. For several outputs, which may have different
+        units, `divergence` is taken instead.
         """
         # Only tasks with probabilities have a temperature.
         del temperature
-        if isinstance(outputs, Tensor):
-            return (outputs - teacher).square().mean()
-        pairs = zip(output_tensors(outputs), output_tensors(teacher), strict=True)
-        each = [
-            (mine - theirs).square().mean() for mine, theirs in pairs if mine.is_floating_point()
-        ]
-        return torch.stack(each).sum()
+        return (outputs - teacher).square().mean()
+
+    @property
+    def own_soft_loss(self) -> bool:
+        """Whether the task has a `soft_loss` of its own."""
+        return type(self).soft_loss is not Task.soft_loss
 
     def divergence(self, outputs: Tensor, reference: Tensor, spreads: Sequence[float]) -> Tensor:
         """Returns how far outputs are from reference outputs [n, ...]; 0 if they are equal.
@@ -246,7 +246,7 @@ class Task(ABC):
             spreads: standard deviation of each tensor of the reference over many examples (see
                 `fedpress.core.outputs.spreads`), so that outputs in different units count alike.
         """
-        if type(self).soft_loss is not Task.soft_loss:
+        if self.own_soft_loss:
             # A cross-entropy is not 0 for equal outputs, but the entropy of the reference.
             least = self.soft_loss(reference, reference, 1.0)
             return self.soft_loss(outputs, reference, 1.0) - least

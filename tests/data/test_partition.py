@@ -179,10 +179,12 @@ def test_natural_can_choose_clients_and_cap_their_rows():
 def test_natural_refuses_data_without_clients_too_few_clients_and_empty_ones():
     with pytest.raises(DataError, match=r"does not name its clients; give client_column"):
         Natural().deal(Pool(torch.zeros(3)), PartitionSize(), public_stream(0))
-    with pytest.raises(DataError, match=r"asked for 4 clients but the data has only 3"):
+    with pytest.raises(
+        DataError, match=r"^num_clients: asked for 4 .* only 3; give at most num_clients=3"
+    ):
         Natural().deal(NATURAL, PartitionSize(4), public_stream(0))
     empty = Pool(torch.zeros(1, dtype=torch.int64), torch.tensor([0]), ("ann", "bob"))
-    with pytest.raises(DataError, match=r"client 'bob' has no rows"):
+    with pytest.raises(DataError, match=r"client 'bob': no row is left"):
         Natural().deal(empty, PartitionSize(), public_stream(0))
 
 

@@ -200,6 +200,14 @@ def test_a_forecast_brings_the_value_of_now(tmp_path):
     assert torch.equal(data.test.y[:, 0], data.test.x[:, 0, -1] + 1)
 
 
+def test_one_client_may_hold_all_windows_since_it_shares_no_row_with_others(tmp_path):
+    alone = {"client_column": None, "public_clients": [], "public_share": 0.2}
+    series = {"window": 10, "stride": 5, "by": ["who", "device"]}
+    data = loaded(tmp_path, readings(), series, num_clients=1, **alone)
+    assert list(data.clients) == ["c0"]
+    assert len(data.clients["c0"]) > 0 < len(data.public)
+
+
 def test_windows_of_one_row_are_rows(tmp_path):
     data = loaded(
         tmp_path,
@@ -418,7 +426,12 @@ def test_a_row_whose_columns_make_no_date_is_refused(tmp_path, part, value):
         (
             {"window": 10, "stride": 5},
             {"client_column": None, "public_clients": [], "public_share": 0.2, "by": 0},
-            "partition: windows share rows, so they cannot be dealt",
+            "series: windows share rows, so they cannot be dealt",
+        ),
+        (
+            {"window": 10, "stride": 5},
+            {"client_column": None, "public_clients": [], "num_clients": 2, "by": 0},
+            "num_clients: windows share rows.*or num_clients = 1, or set series.stride",
         ),
         (
             {"window": 40, "stride": 1},

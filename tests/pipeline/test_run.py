@@ -211,7 +211,11 @@ def test_every_stage_tells_of_its_start_its_progress_and_its_end(tiny, tmp_path)
     assert all(0 <= tick.done <= tick.total for tick in ticks)
     notes = " ".join(tick.note for tick in ticks)
     assert "epoch 2/2" in notes
-    assert "round 3/3, validation" in notes
+    # A score stands with its round, so a line of a log can be read by itself.
+    scores = [tick.note for tick in ticks if tick.note.startswith("round")]
+    assert all("/3, validation" in note for note in scores[1:])
+    assert sum(note.startswith("round 2/3, validation") for note in scores) == 2
+    assert next(note for note in scores if note.endswith("before it")).startswith("round 2/3")
     assert "measuring on 359 test examples" in notes
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import fedpress
 from fedpress import tasks
@@ -16,7 +17,7 @@ from fedpress.compress.distill import Distillation, DistillSettings
 from fedpress.compress.quantize import measure_choices, quantizable
 from fedpress.core import consent, own_modules
 from fedpress.core.outputs import joined_outputs, output_tensors, rows_of_outputs
-from fedpress.errors import FedpressError, ModelError, RecipeError
+from fedpress.errors import FedpressError, ModelError, RecipeError, TrainingError
 from fedpress.models import ModelSpec
 from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantized_layers
@@ -126,8 +127,26 @@ def test_distillation_compares_every_output(boxes):
     task = boxes.Boxes(("target",))
     distil = Distillation(teacher, student, DistillSettings(weight=1.0), x, task)
     outputs = student(x)
-    expected = sum((outputs[name] - teacher(x)[name]).square().mean() for name in outputs)
+    expected = 0.0
+    for name, theirs in teacher(x).items():
+        variance = theirs.var(0, unbiased=False).mean()
+        expected = expected + (outputs[name] - theirs).square().mean() / variance
     torch.testing.assert_close(distil(student, x, outputs, y), expected)
+
+
+class Whole(nn.Module):
+    """Returns whole numbers alone."""
+
+    def forward(self, x):
+        return (x.sum(1).long(), x.argmax(1))
+
+
+def test_outputs_of_whole_numbers_alone_teach_nothing_and_choose_no_bits(boxes):
+    task, x = boxes.Boxes(("target",)), torch.randn(4, 3)
+    with pytest.raises(TrainingError, match=r"teacher.*gives integers alone, \(\[\], \[\]\)"):
+        Distillation(Whole(), Whole(), DistillSettings(), x, task)
+    with pytest.raises(ModelError, match="which are integers alone; so they cannot be compared"):
+        measure_choices(Whole(), {}, (2, 4), [x], task=task)
 
 
 @pytest.mark.recipe

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedpress.compress.quantize.rounding import best_scale
 from fedpress.core.inputs import Inputs, call
-from fedpress.core.outputs import as_float32, spreads
+from fedpress.core.outputs import as_float32, output_tensors, outputs_text, spreads
 from fedpress.errors import DataError, ModelError, RecipeError, first_line
 from fedpress.nn.quant_scheme import (
     QuantizationScheme,
@@ -162,6 +162,8 @@ class _Reference:
         self.outputs = [as_float32(call(model, x)) for x in batches]
         self.task = task if task is not None else _task_of(self.outputs[0])
         self.spreads = spreads(self.outputs)
+        if not any(each.is_floating_point() for each in output_tensors(self.outputs[0])):
+            raise _not_comparable(f"{outputs_text(self.outputs[0])}, which are integers alone")
         try:
             comparable = math.isfinite(self.divergence(model))
         except Exception as error:  # a soft loss of the user's own may raise anything

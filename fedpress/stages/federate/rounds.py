@@ -64,8 +64,8 @@ class FederatedRounds:
                 self.now = replace(self.now, stopped=why)
                 break
             at = f"round {self.now.round + 1}/{server.stage.num_rounds}"
-            note = self.now.note
-            yield self._tick(f"{at}, {note}" if note else at)
+            # The last validation score stays visible while the round runs.
+            yield self._tick(f"{at}, {self.now.note} before it" if self.now.note else at)
             warned = self.now.failures.significant
             record = next(running)
             shown = public_part(record, server)
@@ -75,7 +75,7 @@ class FederatedRounds:
             check_failures(server, self.now)
             yield from self._warnings(shown, len(record.timing.answered), warned=warned)
         last = last_warning(server, self.now.failures)
-        yield self._tick(self.now.stopped or self.now.note, f"warning: {last}" if last else "")
+        yield self._tick(self.now.stopped or self._note, f"warning: {last}" if last else "")
 
     def state(self) -> Snapshot:
         """Returns the progress as a checkpoint."""
@@ -121,7 +121,7 @@ class FederatedRounds:
         more = {"ledger": ledger, "closed": closed, "failures": failures}
         self.now = self.now.with_round(shown, validation, server.common.task, **more)
         line = round_line(shown, self.now, validation, server, self.source.rounding)
-        return Milestone(line, self.now.note)
+        return Milestone(line, self._note)
 
     def _validate(self) -> Evaluation | None:
         """Evaluates the model on the public validation set; returns None without such a set."""
@@ -149,10 +149,16 @@ class FederatedRounds:
         if warning and warning.partition(":")[2] != self._warned.partition(":")[2]:
             # Safe to log: `public_reasons` has removed private text.
             log.warning("%s", warning)
-            yield self._tick(self.now.note, warning)
+            yield self._tick(self._note, warning)
         self._warned = warning
         if self.now.failures.significant and not warned:
-            yield self._tick(self.now.note, last_warning(self.server, self.now.failures))
+            yield self._tick(self._note, last_warning(self.server, self.now.failures))
+
+    @property
+    def _note(self) -> str:
+        """The last finished round and its score: "round 3/20, validation 97.2%"."""
+        at = f"round {self.now.round}/{self.server.stage.num_rounds}"
+        return f"{at}, {self.now.note}" if self.now.note else at
 
     def _tick(self, note: str, warning: str = "") -> Tick:
         return Tick(self.now.round, self.server.stage.num_rounds, note, warning)
