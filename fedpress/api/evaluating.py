@@ -24,6 +24,7 @@ from fedpress.api.predictors import Predictor, predictor_of
 from fedpress.core.inputs import Inputs
 from fedpress.data import FederatedData, Preparation
 from fedpress.data.labelled import KINDS, SUFFIXES
+from fedpress.data.paths import refuse_no_path
 from fedpress.data.preparation_parts import TextPart
 from fedpress.data.raw_inputs import Table as RawTable
 from fedpress.data.raw_inputs import UnknownWords
@@ -422,6 +423,7 @@ def _read(inputs: Any) -> Inputs:
 
 def _arrays_of(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     """Reads a NumPy file. Nothing is unpickled, since a pickle may run any code."""
+    refuse_no_path(path, "inputs")
     try:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

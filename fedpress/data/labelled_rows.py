@@ -64,7 +64,7 @@ def labelled_rows(
         raise DataError(
             "no row has a label and words that the recipe knows",
             place=f"'{path}'",
-            cure=f"expected the labels {', '.join(map(str, task.names))}",
+            cure=_expected(task, labels),
         )
     # Mean 0 and std 1 leave the numbers as they are: whoever uses the rows standardises them. If
     # they were standardised here, it would happen twice.
@@ -122,6 +122,15 @@ def _complete(table: Any, needed: Sequence[str], settings: DataSettings) -> Tens
     names = [*settings.label_columns, *(needed if settings.missing == "drop" else ())]
     mask: np.ndarray = complete(table, names).to_numpy(zero_copy_only=False)
     return torch.from_numpy(mask.copy())
+
+
+def _expected(task: Task, labels: Sequence[str]) -> str:
+    """Returns what the label columns must hold."""
+    listed = ", ".join(labels)
+    if task.targets != "classes":
+        return f"give numbers in {listed}"
+    few = ", ".join(task.names[:12]) + (", ..." if len(task.names) > 12 else "")
+    return f"give in {listed} one of {few}"
 
 
 def known_words(table: Any, about: Preparation) -> Tensor:

@@ -100,7 +100,7 @@ def test_the_command_predicts_from_a_file_as_python_does(run, shell, tmp_path):
 @pytest.mark.parametrize(
     ("file", "said"),
     [
-        ("none.npy", "inputs: cannot read 'none.npy'"),
+        ("none.npy", "inputs: no such path 'none.npy'"),
         ("text.npy", "inputs: cannot read 'text.npy'"),
         ("pickle.npy", "inputs: cannot read 'pickle.npy'"),
         ("shape.npy", "inputs: it does not take examples of"),
