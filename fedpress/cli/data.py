@@ -26,7 +26,9 @@ def add_commands(app: typer.Typer) -> None:
 
 @data_app.command()
 def describe(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A table: .csv, .parquet, .arrow.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A table: .csv, .parquet, .arrow, .db.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Shows each column's type, missing values, words or numbers, and candidates for the label."""
@@ -59,7 +61,7 @@ def _show_columns(facts: TableFacts) -> None:
 def init(
     data: Annotated[
         str,
-        typer.Option(help="A table, a folder client/label/image.png, or module:function."),
+        typer.Option(help="A table, arrays, a text, a folder of such files, or module:function."),
     ],
     label: Annotated[str | None, typer.Option(help="The column to predict.")] = None,
     client: Annotated[

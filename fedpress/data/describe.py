@@ -13,16 +13,19 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from fedpress.data import csv, tables
+from fedpress.data import csv, sql, tables
 from fedpress.data.column_facts import ColumnFacts
 from fedpress.data.columns import Column
 from fedpress.data.describe_column import describe_column
+from fedpress.data.describe_series import SeriesFacts, series_of
 from fedpress.data.paths import TABLES, refuse_no_path
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, suggestion
 
 # Most classes that a column of whole numbers may have to be taken for a label of classes.
 MOST_CLASSES = 20
+DATABASES = (".db", ".sqlite", ".sqlite3")
+"""Suffixes of SQLite files."""
 LABELS = ("label", "target", "class", "outcome", "y", "diagnosis", "default", "result")
 """Usual names of the column that is to be predicted."""
 PEOPLE = ("client", "user", "subject", "person", "patient", "owner", "role", "speaker")
@@ -44,6 +47,9 @@ class TableFacts:
         columns: the columns, in the order of the file.
         labels: names of columns that may be the label, the most likely first.
         clients: names of columns that may name the client of a row, the most likely first.
+        series: how the rows follow each other in time; None if they do not.
+        table: name of the table in a database; "" for a file.
+        other_tables: names of the database's other tables.
     """
 
     path: str
@@ -54,6 +60,9 @@ class TableFacts:
     columns: tuple[ColumnFacts, ...]
     labels: tuple[str, ...]
     clients: tuple[str, ...]
+    series: SeriesFacts | None = None
+    table: str = ""
+    other_tables: tuple[str, ...] = ()
 
     def column(self, name: str) -> ColumnFacts:
         """Returns one column.
@@ -77,22 +86,23 @@ class TableFacts:
 
 
 def describe_file(path: str | Path) -> TableFacts:
-    """Describes a .csv, .parquet, .arrow or .feather file.
+    """Describes a .csv, .parquet, .arrow or .feather file, or the largest table of an SQLite file.
 
     Raises:
         DataError: if the file cannot be read, or is no table.
     """
     path = Path(path)
-    if path.suffix not in TABLES:
-        raise DataError(
-            f"'{path}' is no table", place="data", cure=f"give a file {', '.join(TABLES)}"
-        )
+    if path.suffix not in TABLES and path.suffix not in DATABASES:
+        known = ", ".join((*TABLES, *DATABASES))
+        raise DataError(f"'{path}' is no table", place="data", cure=f"give a file {known}")
     refuse_no_path(path, f"'{path}'")
-    keys: dict[str, Any] = {"source": TABLES[path.suffix], "path": path}
-    if keys["source"] == "csv":
-        keys["delimiter"] = csv.delimiter_of(path)
-    settings = DataSettings.model_validate(keys)
-    table = tables.READERS_OF_FILES[settings.source](path, settings)
+    others: tuple[str, ...] = ()
+    if path.suffix in DATABASES:
+        name, *more = sql.tables_of(path)
+        settings = DataSettings.model_validate({"source": "sql", "path": path, "table": name})
+        table, others = sql.read_sql(settings).values, tuple(more)
+    else:
+        settings, table = _read(path)
     if not table.num_rows:
         raise DataError("there are no rows", place=f"'{path}'", cure="give a table with rows")
     if settings.delimiter != "," and _has_decimal_commas(table):
@@ -100,6 +110,8 @@ def describe_file(path: str | Path) -> TableFacts:
     columns = tuple(
         describe_column(Column.of(table, n, settings), settings) for n in table.column_names
     )
+    clients = _clients(columns, table.num_rows)
+    series = series_of(table, columns, clients, settings)
     return TableFacts(
         str(path),
         settings.source,
@@ -107,9 +119,21 @@ def describe_file(path: str | Path) -> TableFacts:
         settings.decimal,
         table.num_rows,
         columns,
-        _labels(columns, table.num_rows),
-        _clients(columns, table.num_rows),
+        _labels(columns, table.num_rows, series),
+        clients,
+        series,
+        settings.table or "",
+        others,
     )
+
+
+def _read(path: Path) -> tuple[DataSettings, Any]:
+    """Returns how a file is read, and its table."""
+    keys: dict[str, Any] = {"source": TABLES[path.suffix], "path": path}
+    if keys["source"] == "csv":
+        keys["delimiter"] = csv.delimiter_of(path)
+    settings = DataSettings.model_validate(keys)
+    return settings, tables.READERS_OF_FILES[settings.source](path, settings)
 
 
 def _has_decimal_commas(table: Any) -> bool:
@@ -128,13 +152,24 @@ def _rank(name: str, usual: Sequence[str]) -> int:
     return min(places, default=len(usual))
 
 
-def _labels(columns: Sequence[ColumnFacts], rows: int) -> tuple[str, ...]:
-    fits = [
-        (_rank(column.name, LABELS), -at, column.name)
-        for at, column in enumerate(columns)
-        if column.type in ("number", "word") and 2 <= column.distinct <= max(2, rows // 2)
-    ]
-    return tuple(name for _, _, name in sorted(fits))
+def _labels(
+    columns: Sequence[ColumnFacts], rows: int, series: SeriesFacts | None
+) -> tuple[str, ...]:
+    """Returns the columns that may be predicted: the last one first, of a series the first one.
+
+    Tables usually end with their label; what is measured over time stands before the weather.
+    """
+    placed = {*series.order, series.by} if series is not None else set()
+    fits = []
+    for at, column in enumerate(columns):
+        # Of words that are nearly all different there is nothing to learn.
+        few = column.type == "word" and column.distinct <= max(2, rows // 2)
+        if column.name not in placed and column.distinct >= 2 and (few or column.type == "number"):
+            # Of a series, numbers are forecast rather than words.
+            kind = series is not None and column.type == "word"
+            rank = _rank(column.name, LABELS)
+            fits.append((rank, kind, at if series is not None else -at, column.name))
+    return tuple(name for *_, name in sorted(fits))
 
 
 def _clients(columns: Sequence[ColumnFacts], rows: int) -> tuple[str, ...]:

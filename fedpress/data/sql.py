@@ -120,6 +120,27 @@ def _sqlite(path: Path) -> Iterator[_Sqlite]:
         ) from error
 
 
+def tables_of(path: Path) -> list[str]:
+    """Returns the names of the tables of an SQLite file, the one with the most rows first.
+
+    Raises:
+        DataError: if the file cannot be read, or has no table.
+    """
+    with _sqlite(path) as database:
+        listed = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view')"
+        names = [row[0] for row in database.connection.execute(listed)]
+        # SQLite's own tables have such names.
+        names = [name for name in names if not name.startswith("sqlite_")]
+        counts = {}
+        for name in names:
+            quoted = name.replace('"', '""')
+            counted = database.connection.execute(f'SELECT count(*) FROM "{quoted}"')
+            counts[name] = counted.fetchone()[0]
+    if not names:
+        raise DataError("it has no table", place=f"'{path}'", cure="check the path")
+    return sorted(names, key=lambda name: (-counts[name], name))
+
+
 class _SqlAlchemy:
     """An open connection of SQLAlchemy."""
 
