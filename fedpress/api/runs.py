@@ -19,6 +19,7 @@ from torch import nn
 from fedpress import storage
 from fedpress.api import begin, shown
 from fedpress.api.begin import Source
+from fedpress.api.drawing import draw_data
 from fedpress.api.progress import show
 from fedpress.core import consent
 from fedpress.data import FederatedData
@@ -336,6 +337,7 @@ def check(
     *,
     data: Data = None,
     allow_code: Collection[str] | str = (),
+    draw: str | Path | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Checks every stage of a recipe without training, and computes what the stages will cost.
@@ -344,6 +346,8 @@ def check(
         recipe: name, file, tables or `Recipe`, as for `fedpress.run`.
         data: path, keys of `[data]` or `FederatedData`, as for `fedpress.run`.
         allow_code: functions that may be called to build models, as `module:function`.
+        draw: HTML file that shows the columns of a table and the classes of each client; of public
+            rows alone if a stage is private. None: nothing is drawn.
         overrides: settings to change, as for `fedpress.run`.
 
     Returns:
@@ -352,7 +356,7 @@ def check(
         of each stage; for federated training also bytes per round, noise multiplier and epsilon.
 
     Raises:
-        FedpressError: the first error that would stop the run.
+        FedpressError: the first error that would stop the run, or if there is nothing to draw.
 
     >>> import fedpress
     >>> stages = fedpress.check("digits")["stages"]
@@ -364,8 +368,10 @@ def check(
     _, checked = begin.load(recipe, words, path)
     # Building models seeds torch's generator. The caller's random numbers must not depend on it.
     with torch.random.fork_rng(devices=[]):
-        loaded = held if held is not None else load_data(checked, describe=True)
+        loaded = held if held is not None else load_data(checked, describe="all")
         lines = check_recipe(checked, loaded)
+    if draw is not None:
+        draw_data(checked, loaded, Path(draw))
     return {
         "recipe": checked.name,
         "data": loaded.describe(private=checked.private),

@@ -99,6 +99,10 @@ def check(
         bool, typer.Option("--schema", help="Print the JSON schema of recipes.")
     ] = False,
     list_keys: ListTables = False,
+    draw: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Draw columns and classes of clients as a page."),
+    ] = None,
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
@@ -130,6 +134,10 @@ def check(
     loaded = _described_data(wanted, out_stream, elsewhere=elsewhere)
     with terminal.waiting(out_stream, "checking that everything fits together"):
         lines = check_recipe(wanted, loaded, clients_elsewhere=elsewhere)
+    if draw is not None:
+        from fedpress.api.drawing import draw_data
+
+        draw_data(wanted, loaded, draw)
     # The JSON may be passed on, so for a private recipe it tells less about the data.
     if as_json:
         about = loaded.describe(private=wanted.private)
@@ -142,6 +150,8 @@ def check(
     if elsewhere:
         _name_columns(wanted, loaded, out_stream)
     start = _start(recipe, overrides, data, public, device)
+    if draw is not None:
+        out_stream.print(f"drawn: {draw}", markup=False, soft_wrap=True)
     said = f"everything fits together; start it with: {start}"
     out_stream.print(said, markup=False, soft_wrap=True)
 
@@ -182,7 +192,7 @@ def _described_data(recipe: Recipe, out_stream: Console, *, elsewhere: bool) -> 
         elsewhere: whether the clients are on other machines, and this is the server's own data.
     """
     try:
-        loaded = load_data(recipe, out_stream, describe=True)
+        loaded = load_data(recipe, out_stream, describe="all")
         return loaded.without_clients() if elsewhere else loaded
     except DataError as error:
         path = recipe.data.path

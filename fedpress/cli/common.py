@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedpress.data import FederatedData
+    from fedpress.data.column_facts import Rows
     from fedpress.pipeline.recipe import Recipe
 
 # Global, because functions that a command calls take locks, which are held until it ends.
@@ -234,7 +235,7 @@ def warn(notes: Iterable[str]) -> None:
         typer.echo(f"warning: {in_one_line(note)}", err=True)
 
 
-def load_data(recipe: Recipe, out_stream: Console, *, describe: bool = False) -> FederatedData:
+def load_data(recipe: Recipe, out_stream: Console, *, describe: Rows = "public") -> FederatedData:
     """Loads the data of a recipe with progress bars. If rows are left out, prints a sentence.
 
     `describe` is explained at `fedpress.pipeline.start.load_data`.

@@ -202,10 +202,13 @@ def _fill(column: InputColumn, data: FederatedData) -> str:
 
 
 def _missing(column: ColumnFacts) -> str:
-    """Returns how many cells have no value, and their share: "12 (1.5%)"."""
+    """Returns how many cells have no value, and their share: "12 (1.5%)", with a bar."""
+    from fedpress.data.column_facts import bar
+
     if not column.missing:
         return "0"
-    return f"{column.missing:,} ({units.percent(column.missing / column.rows, 1)})"
+    share = column.missing / column.rows
+    return f"{column.missing:,} ({units.percent(share, 1)}) {bar(share)}"
 
 
 def _show_classes(out: Console, data: FederatedData, *, private: bool) -> None:
@@ -369,7 +372,8 @@ def _fact(key: str, value: Any) -> str:
         return units.size(value)
     # A list is a range: the least and the largest value, such as of examples per client.
     if isinstance(value, list):
-        return " to ".join(_fact("", item) for item in value)
+        ends = list(dict.fromkeys(_fact("", item) for item in value))
+        return " to ".join(ends)
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

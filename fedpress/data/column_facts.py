@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+Rows = Literal["public", "all"]
+"""Rows that are looked at: the public ones, or private ones too."""
 Type = Literal["number", "integer id", "word", "text", "date", "image", "list"]
 """Type of a column, as fedpress understands it."""
 
@@ -27,6 +29,8 @@ class ColumnFacts:
             empty if it need not say anything.
         note: what is unusual, such as a text in a column of numbers; "" if nothing is.
         rows: number of cells.
+        part: the rows that were looked at. Only facts of public rows may be written down where
+            others read them.
     """
 
     name: str
@@ -40,6 +44,20 @@ class ColumnFacts:
     declare: str = ""
     note: str = ""
     rows: int = 0
+    part: Rows = "all"
+
+
+def bar(share: float, width: int = 5) -> str:
+    """Draws a share as a horizontal bar in an outline of `width` characters.
+
+    >>> bar(0.5), bar(0.001), bar(1.0)
+    ('██▌░░', '▏░░░░', '█████')
+    """
+    # Rounded up, so that a small share is told from none.
+    eighths = -(-share * 8 * width // 1)
+    full, part = divmod(int(eighths), 8)
+    drawn = "█" * full + " ▏▎▍▌▋▊▉"[part].strip()
+    return drawn + "░" * (width - len(drawn))
 
 
 def bars(counts: Sequence[int]) -> str:

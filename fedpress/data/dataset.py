@@ -192,8 +192,8 @@ class FederatedData:
         clients: dict[str, dict[str, Any]] = {}
         for name, arrays in self.clients.items():
             clients[name] = {"examples": len(arrays)}
-            if not private:
-                clients[name] |= self._label_counts(arrays)
+            if not private and (counts := self.label_counts(arrays)):
+                clients[name]["labels"] = counts
         left_out = {part: n for part, n in self.left_out.items() if n and part != "clients"}
         columns = {"columns": [asdict(one) for one in self.columns]} if self.columns else {}
         return {
@@ -210,13 +210,14 @@ class FederatedData:
             "clients": clients,
         }
 
-    def _label_counts(self, arrays: Arrays) -> dict[str, Any]:
-        """Returns the number of labels of each class; {} if the targets are not classes."""
+    def label_counts(self, arrays: Arrays) -> list[int]:
+        """Returns the number of labels of each class; [] if the targets are not classes."""
         if self.task.targets != "classes":
-            return {}
+            return []
         # Positions without a class, such as padding, have negative labels.
         counted = arrays.y[arrays.y >= 0]
-        return {"labels": counted.bincount(minlength=self.num_classes).tolist()}
+        counts: list[int] = counted.bincount(minlength=self.num_classes).tolist()
+        return counts
 
 
 def _as_json(shape: Shape) -> JsonValue:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
 
 from fedpress.core.examples import Arrays, resized
 from fedpress.core.inputs import NamedInputs, is_image
 from fedpress.core.log import logger
 from fedpress.data import audio, cifar10, digits, folders, functions, numpy_files, text
+from fedpress.data.column_facts import ColumnFacts, Rows
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Progress, SourceRows
 from fedpress.data.settings import DataSettings
@@ -17,9 +17,6 @@ from fedpress.data.split import split_rows
 from fedpress.errors import DataError
 
 log = logger(__name__)
-
-Rows = Literal["public", "all"]
-"""Rows that are looked at: the public ones, or private ones too."""
 
 
 def _read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows:
@@ -92,7 +89,13 @@ def _read(
         found = replace(found, facts=None)
     elif describe == "all":
         found = replace(found, facts=lambda public: facts(None))
+    else:
+        found = replace(found, facts=lambda public: _of_public(facts(public)))
     return split_rows(_at_size(found, settings.image_size), settings, seed)
+
+
+def _of_public(columns: tuple[ColumnFacts, ...]) -> tuple[ColumnFacts, ...]:
+    return tuple(replace(one, part="public") for one in columns)
 
 
 def _at_size(examples: SourceRows, side: int | None) -> SourceRows:

@@ -21,6 +21,7 @@ def write_result(
     *,
     finished: bool,
     left_out: str,
+    data: dict[str, Any],
 ) -> None:
     """Writes `result.json`, and `ledger.json` if the last stage has a ledger of privacy spent.
 
@@ -30,6 +31,7 @@ def write_result(
         results: for each finished stage a dictionary, such as `{"kind": "train", "accuracy": 0.9}`.
         finished: whether all stages are finished.
         left_out: sentence about rows of the data that were not used; "" if all were used.
+        data: what the report draws of the data.
     """
     if results[-1].get("ledger"):
         write_json_with_checksum(folder.path / "ledger.json", results[-1]["ledger"], folder.path)
@@ -53,6 +55,7 @@ def write_result(
             "seconds": total,
             "finished": finished,
             **({"left_out": left_out} if left_out else {}),
+            "data": data,
             "stages": lines,
             "final": final | {"seconds": total},
         },

@@ -12,6 +12,7 @@ from typing import Any
 from fedpress.core.log import logger
 from fedpress.core.random import STREAMS
 from fedpress.data import FederatedData
+from fedpress.data.shown import shown
 from fedpress.nn.quantized import kept_entries, materialize_, note_kept_zeros_
 from fedpress.pipeline.keys import stage_keys
 from fedpress.pipeline.measure import measure, measured_keys
@@ -87,6 +88,7 @@ def _stages(
     records = 0
     load = parent_of(recipe, data)
     results: list[dict[str, Any]] = []
+    drawn = shown(data, rows="public", clients=not recipe.hides_clients)
     keys = stage_keys(recipe, folder.streams)
     _check_streams(recipe, folder, keys)
     same_data = reuse is None or not fingerprint.differ(folder.path, reuse.path)
@@ -129,7 +131,7 @@ def _stages(
         finished = index + 1 == len(recipe.stage)
         left_out = data.left_out_sentence(private=recipe.private)
         # Written after each stage, so that an interrupted run also has a result.
-        write_result(recipe, folder, results, finished=finished, left_out=left_out)
+        write_result(recipe, folder, results, finished=finished, left_out=left_out, data=drawn)
         yield StageFinished(index, done.result)
 
 

@@ -20,8 +20,8 @@ from fedpress.core.inputs import Inputs, Shape, call, dtype_of, shape_of, shape_
 from fedpress.core.log import logger
 from fedpress.core.random import derive
 from fedpress.data import statistics
+from fedpress.data.column_facts import Rows
 from fedpress.data.examples import Progress
-from fedpress.data.load import Rows
 from fedpress.errors import Argument, FedpressError, ModelError, RecipeError, Words
 from fedpress.models import ModelSpec, memory
 from fedpress.models.weights import load_weights_
@@ -41,7 +41,7 @@ NO_DATA = "no data"
 
 
 def load_data(
-    recipe: Recipe, *, progress: Progress | None = None, describe: bool = False
+    recipe: Recipe, *, progress: Progress | None = None, describe: Rows = "public"
 ) -> data_sets.FederatedData:
     """Loads the recipe's data set and divides it among clients.
 
@@ -52,8 +52,8 @@ def load_data(
     Args:
         recipe: the recipe.
         progress: called during downloads and decoding.
-        describe: whether to describe the columns of a table: by all rows, or by public rows alone
-            if a stage has differential privacy.
+        describe: the rows by which the columns of a table are described; "all" means only the
+            public ones if a stage has differential privacy.
 
     Raises:
         TrainingError: if this machine lacks the recipe's device.
@@ -69,7 +69,7 @@ def load_data(
             consent.allow(name)
     log.info("data come from %s", recipe.data.source)
     with errors_of_data():
-        rows: Rows | None = ("public" if recipe.private else "all") if describe else None
+        rows: Rows = "public" if recipe.private else describe
         seed = derive(recipe.seed, "data")
         return data_sets.load(recipe.data, seed, progress=progress, describe=rows)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from markupsafe import Markup, escape
 
+from fedpress.reports.grid import grid_of_cells
 from fedpress.reports.labels import CHARACTER, LINE, Box, labels
 from fedpress.reports.marks import marks
 from fedpress.reports.plot import Axis, Figure
@@ -62,6 +63,8 @@ def _picture(figure: Figure, width: int, name: str) -> Markup:
 def _content(figure: Figure, width: int) -> list[Markup]:
     bottom = figure.height - BELOW
     names = figure.panels[0].y.names
+    if names and figure.series[0].kind == "cells":
+        return grid_of_cells(figure, names, width)
     if names:
         x, drawn = named_rows(figure, names, width)
         return [*drawn, *_lower_axis(figure, x, bottom, whole=False)]

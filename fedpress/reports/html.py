@@ -13,7 +13,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedpress.core.files import replacing, writing
+from fedpress.errors import RunError
 from fedpress.reports import units
+from fedpress.reports.data import data_section
 from fedpress.reports.detail_tables import (
     failure_table,
     ledger_table,
@@ -130,6 +132,9 @@ def render(run: Run) -> str:
     for stage in stages:
         if stage.get("stopped"):
             stopped.append(f"{stage.get('name')} stopped early: {stage['stopped']}.")
+    data = data_section(run.result.get("data"))
+    of_data = [data.figure] if data is not None and data.figure is not None else []
+    drawn = figures_and_scripts([*of_data, *figures(run)])
     template = templates().get_template("template.html.j2")
     return template.render(
         run=run,
@@ -151,8 +156,34 @@ def render(run: Run) -> str:
         files=_filled(runtime_table(stages)),
         progress=None if run.finished else progress_table(run.records),
         details=details(run),
-        **figures_and_scripts(figures(run)),
+        data=data,
+        data_figures=drawn["figures"][: len(of_data)],
+        **(drawn | {"figures": drawn["figures"][len(of_data) :]}),
     )
+
+
+def write_data_page(shown: dict[str, Any], name: str, facts: list[str], target: Path) -> Path:
+    """Writes a page that shows the data of a recipe, to the file `target`.
+
+    Args:
+        shown: what `fedpress.data.shown.shown` returns.
+        name: the title.
+        facts: texts under the title, such as the number of clients.
+        target: the file; an older one is replaced only when the new page is complete.
+
+    Raises:
+        RunError: if the data have neither columns nor classes, or the file cannot be written.
+    """
+    data = data_section(shown)
+    if data is None:
+        raise RunError(
+            "the data have neither columns nor up to 20 classes, so there is nothing to draw",
+            place="draw",
+            cure="leave it out",
+        )
+    drawn = figures_and_scripts([data.figure] if data.figure is not None else [])
+    template = templates().get_template("data_page.html.j2")
+    return _write(template.render(name=name, facts=facts, data=data, **drawn), target)
 
 
 def figures_and_scripts(figures: list[Figure]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fedpress.reports.units import number
 
 Numbers = Sequence[float | None]
 # How a series is drawn; see `Series`.
-Kind = Literal["line", "points", "steps", "bars", "areas", "rows", "dots"]
+Kind = Literal["line", "points", "steps", "bars", "areas", "rows", "dots", "cells"]
 Color = Literal["blue", "orange", "faint"]
 """Names of colours in the page's style sheet, which has a light and a dark theme.
 
@@ -35,7 +35,7 @@ class Axis:
         bounds: the lowest and the highest value that the axis may reach, such as 0 and 100 percent.
         least_range: least difference between both ends of the axis, such as 2 percentage points, so
             that random fluctuations do not look like a trend. It does not move an end that is set.
-        names: names of the rows of horizontal bars or dots, from top to bottom.
+        names: names of the rows of horizontal bars, dots or cells, from top to bottom.
     """
 
     title: str
@@ -52,7 +52,8 @@ class Series:
 
     Attributes:
         kind: how the points are drawn. "steps": joined by a staircase; "rows": horizontal bars;
-            "dots": one dot in each row.
+            "dots": one dot in each row; "cells": one column of a grid, darker where numbers are
+            larger.
         name: the name in the legend and the table, such as "loss".
         x: the horizontal value of each point.
         y: the vertical value of each point.

@@ -42,7 +42,7 @@ def named_rows(figure: Figure, names: Sequence[str], width: int) -> tuple[Scale,
         width: width of the picture in pixels.
     """
     panel = figure.panels[0]
-    ends = [_end(name) for name in names]
+    ends = [end_of(name) for name in names]
     beside = 0
     for series in panel.series:
         for text in series.labels:
@@ -66,7 +66,7 @@ def named_rows(figure: Figure, names: Sequence[str], width: int) -> tuple[Scale,
     return x, drawn
 
 
-def _end(name: str) -> str:
+def end_of(name: str) -> str:
     """Shortens a long name to its end, where names such as `layer3.0.conv1` differ."""
     return name if len(name) <= LONGEST_NAME else "…" + name[1 - LONGEST_NAME :]
 

@@ -87,6 +87,11 @@ class Stage:
         """Whether the stage guarantees differential privacy to the clients."""
         return False
 
+    @property
+    def hides_clients(self) -> bool:
+        """Whether nobody may learn what a single client holds: by privacy, or by a secure sum."""
+        return self.private
+
     def prepared_shape(self, about: Preparation) -> Preparation:
         """Returns how rows are prepared after the stage: the inputs are known, not the numbers.
 

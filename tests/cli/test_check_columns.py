@@ -76,7 +76,7 @@ def test_the_command_draws_columns_and_the_classes_of_clients(table, shell):
     assert "columns, by all rows:" in said.out
     lines = {line.split()[0]: " ".join(line.split()) for line in said.out.splitlines() if line}
     assert lines["zip"] == "zip integer id 1 0 mean 00 30, 01 30, 02 30 ███"
-    assert lines["age"].startswith("age number 1 13 (14.4%) 64.56 20 to 109, median")
+    assert lines["age"].startswith("age number 1 13 (14.4%) ▊░░░░ 64.56 20 to 109, median")
     assert lines["since"].startswith("since date 5 0 mean 2024-01-01 to")
     assert "█" in lines["b"]
     said = shell("check", table(privacy=PRIVACY))
@@ -84,3 +84,48 @@ def test_the_command_draws_columns_and_the_classes_of_clients(table, shell):
     # The classes of clients are private.
     assert "Examples" not in said.out
     assert json.loads(shell("check", table(), "--json").out)["data"]["columns"][2]["missing"] == 13
+
+
+@pytest.mark.recipe
+def test_the_page_of_check_shows_all_rows_and_under_privacy_the_public_ones(table, shell, tmp_path):
+    said = shell("check", table(), "--draw", "all.html")
+    assert (said.code, "drawn: all.html" in said.out) == (0, True)
+    page = (tmp_path / "all.html").read_text()
+    assert "All 90 rows were looked at, private ones too" in page
+    assert "13 (14.4%)" in page
+    assert "00 30, 01 30, 02 30" in page
+    assert "Classes of each client" in page
+    assert shell("check", table(privacy=PRIVACY), "--draw", "few.html").code == 0
+    page = (tmp_path / "few.html").read_text()
+    assert "public rows alone" in page
+    assert "Classes of the public rows" in page
+    # Only private rows have gaps and the codes 01 and 02.
+    assert "(14.4%)" not in page
+    assert "01 " not in page.partition("<tbody>")[2].partition("</tbody>")[0].replace(
+        "2024-01 ", ""
+    )
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize(
+    ("more", "clients"),
+    [("", True), ('aggregator = "secure"', False), (PRIVACY, False)],
+    ids=["open", "secure", "private"],
+)
+def test_the_report_describes_public_rows_and_counts_clients_only_in_an_open_run(
+    table, tmp_path, more, clients
+):
+    run = fedpress.run(table(privacy=more), out=tmp_path / "run")
+    shown = run.result["data"]
+    assert shown["rows"] == "public"
+    zips = next(one for one in shown["columns"] if one["name"] == "zip")
+    assert [word for word, _ in zips["words"]] == ["00"]
+    assert zips["part"] == "public"
+    assert shown["labels"] == [
+        sum(count for word, count in shown["columns"][-1]["words"] if word == name)
+        for name in shown["classes"]
+    ]
+    assert ("clients" in shown) == clients
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Columns are described by the" in page
+    assert ("Classes of each client" in page) == clients

@@ -143,6 +143,11 @@ class Recipe(BaseModel):
         """Whether at least one stage trains with differential privacy."""
         return any(stage.private for stage in self.stage)
 
+    @property
+    def hides_clients(self) -> bool:
+        """Whether at least one stage promises that nobody learns what a single client holds."""
+        return any(stage.hides_clients for stage in self.stage)
+
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:
         # Random streams are derived from the stage's name: equal names would share their noise.

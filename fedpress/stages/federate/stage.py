@@ -57,6 +57,11 @@ class FederateStage(FederateSettings, Stage):
         """Whether the stage guarantees differential privacy to the clients."""
         return self.privacy is not None
 
+    @property
+    def hides_clients(self) -> bool:
+        """Whether nobody may learn what a single client holds: by privacy, or by a secure sum."""
+        return self.private or is_secure(self)
+
     def terms(self, architecture: str, arguments: Mapping[str, JSON], data: DataSettings) -> Terms:
         """See `Stage.terms`."""
         return Terms(self, architecture, arguments, data.label_columns)
