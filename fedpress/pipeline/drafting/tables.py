@@ -9,6 +9,7 @@ from pathlib import Path
 from fedpress.data.column_facts import ColumnFacts
 from fedpress.data.column_types import WORDS
 from fedpress.data.describe import MOST_CLASSES, TableFacts
+from fedpress.data.describe_series import SeriesFacts
 from fedpress.errors import Argument, DataError
 from fedpress.pipeline.drafting.base import Draft, name_of, relative
 from fedpress.pipeline.drafting.series import series_lines
@@ -76,15 +77,10 @@ def of_table(
             cure=("give another ", Argument("task"), ", or columns of dates and of stations"),
         )
     used = {target.name, owner} | ({*series.order, series.by} if series is not None else set())
+    left_out = _left_out(facts, used)
     nobody = "none; all rows are one client's" if series else "none; rows are dealt to 10 clients"
     chosen = [f"label: {target.name}", f"client: {owner or nobody}", f"task: {task}"]
-    if facts.other_tables:
-        others = ", ".join(facts.other_tables)
-        chosen.append(f"table: {facts.table}, the largest; the others are {others}")
-    if series is not None:
-        chosen.append(f"series: rows in the order of {', '.join(series.order)}")
-    left_out = _left_out(facts, used)
-    chosen += _told_of_columns(facts, left_out, used)
+    chosen += _told_of_rows(facts, series) + _told_of_columns(facts, left_out, used)
     gaps = [c.name for c in facts.columns if c.missing and c not in left_out]
     text = TABLE.format(
         name=json.dumps(name_of(path.stem)),
@@ -105,6 +101,17 @@ def of_table(
     return Draft(text, {}, tuple(chosen))
 
 
+def _told_of_rows(facts: TableFacts, series: SeriesFacts | None) -> list[str]:
+    """Returns sentences about the table in a database, and the order of a series."""
+    told = []
+    if facts.other_tables:
+        others = ", ".join(facts.other_tables)
+        told.append(f"table: {facts.table}, the largest; the others are {others}")
+    if series is not None:
+        told.append(f"series: rows in the order of {', '.join(series.order)}")
+    return told
+
+
 def _told_of_columns(
     facts: TableFacts, left_out: Sequence[ColumnFacts], used: set[str]
 ) -> list[str]:
@@ -119,10 +126,8 @@ def _told_of_columns(
 
 def _task_for(target: ColumnFacts, facts: TableFacts) -> str:
     """Returns the task that a label column suggests; numbers of a series are forecast."""
-    if target.type == "number" and facts.series is not None:
-        return Forecast.kind
     if target.type == "number" and target.distinct > MOST_CLASSES:
-        return "regression"
+        return "regression" if facts.series is None else Forecast.kind
     return "classification"
 
 
