@@ -88,7 +88,16 @@ def test_a_run_leaves_everything_that_the_report_needs(exported):
 
 def test_the_result_has_a_line_per_stage_and_the_same_keys_at_the_end(exported):
     result = json.loads((exported / "result.json").read_text())
-    assert {"recipe", "version", "seed", "seconds", "stages", "final", "finished"} == result.keys()
+    assert {
+        "recipe",
+        "version",
+        "seed",
+        "seconds",
+        "stages",
+        "final",
+        "finished",
+        "data",
+    } == result.keys()
     assert [line["kind"] for line in result["stages"]] == ["train", "prune", "federate", "export"]
     for line in result["stages"]:
         assert line.keys() >= LINE_KEYS
