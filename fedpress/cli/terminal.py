@@ -208,7 +208,8 @@ def _missing(column: ColumnFacts) -> str:
     if not column.missing:
         return "0"
     share = column.missing / column.rows
-    return f"{column.missing:,} ({units.percent(share, 1)}) {bar(share)}"
+    # Short enough that the content has room on a terminal of 80 columns.
+    return f"{column.missing:,} ({units.percent(share, 1 if share < 0.1 else 0)}) {bar(share)}"
 
 
 def _show_classes(out: Console, data: FederatedData, *, private: bool) -> None:

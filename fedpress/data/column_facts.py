@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+MARKS = " ▁▂▃▄▅▆▇█"
 Rows = Literal["public", "all"]
 """Rows that are looked at: the public ones, or private ones too."""
 Type = Literal["number", "integer id", "word", "text", "date", "image", "list"]
@@ -47,17 +49,13 @@ class ColumnFacts:
     part: Rows = "all"
 
 
-def bar(share: float, width: int = 5) -> str:
-    """Draws a share as a horizontal bar in an outline of `width` characters.
+def bar(share: float) -> str:
+    """Draws a share as one character.
 
-    >>> bar(0.5), bar(0.001), bar(1.0)
-    ('██▌░░', '▏░░░░', '█████')
+    >>> bar(0.0), bar(0.001), bar(0.5), bar(1.0)
+    (' ', '▁', '▄', '█')
     """
-    # Rounded up, so that a small share is told from none.
-    eighths = -(-share * 8 * width // 1)
-    full, part = divmod(int(eighths), 8)
-    drawn = "█" * full + " ▏▎▍▌▋▊▉"[part].strip()
-    return drawn + "░" * (width - len(drawn))
+    return MARKS[math.ceil(8 * share)]
 
 
 def bars(counts: Sequence[int]) -> str:
@@ -66,7 +64,6 @@ def bars(counts: Sequence[int]) -> str:
     >>> bars([0, 1, 4, 8])
     ' ▁▄█'
     """
-    marks = " ▁▂▃▄▅▆▇█"
     most = max(counts, default=0) or 1
     # Rounded up, so that only an empty interval has no bar.
-    return "".join(marks[-(-count * 8 // most)] for count in counts)
+    return "".join(MARKS[-(-count * 8 // most)] for count in counts)

@@ -76,7 +76,7 @@ def test_the_command_draws_columns_and_the_classes_of_clients(table, shell):
     assert "columns, by all rows:" in said.out
     lines = {line.split()[0]: " ".join(line.split()) for line in said.out.splitlines() if line}
     assert lines["zip"] == "zip integer id 1 0 mean 00 30, 01 30, 02 30 ███"
-    assert lines["age"].startswith("age number 1 13 (14.4%) ▊░░░░ 64.56 20 to 109, median")
+    assert lines["age"].startswith("age number 1 13 (14%) ▂ 64.56 20 to 109, median")
     assert lines["since"].startswith("since date 5 0 mean 2024-01-01 to")
     assert "█" in lines["b"]
     said = shell("check", table(privacy=PRIVACY))
@@ -101,9 +101,7 @@ def test_the_page_of_check_shows_all_rows_and_under_privacy_the_public_ones(tabl
     assert "Classes of the public rows" in page
     # Only private rows have gaps and the codes 01 and 02.
     assert "(14.4%)" not in page
-    assert "01 " not in page.partition("<tbody>")[2].partition("</tbody>")[0].replace(
-        "2024-01 ", ""
-    )
+    assert "01 30" not in page
 
 
 @pytest.mark.recipe
