@@ -10,7 +10,7 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -116,11 +116,7 @@ def check(
         typer.echo(recipes.schema())
         return
     if recipe is None:
-        raise RecipeError(
-            "give the name of a recipe or a TOML file",
-            place="check",
-            cure="fedpress recipes lists the names",
-        )
+        raise _no_recipe()
     from fedpress.api import begin
     from fedpress.cli import terminal
     from fedpress.cli.server import public_alone
@@ -134,14 +130,9 @@ def check(
     loaded = _described_data(wanted, out_stream, elsewhere=elsewhere)
     with terminal.waiting(out_stream, "checking that everything fits together"):
         lines = check_recipe(wanted, loaded, clients_elsewhere=elsewhere)
-    if draw is not None:
-        from fedpress.api.drawing import draw_data
-
-        draw_data(wanted, loaded, draw)
-    # The JSON may be passed on, so for a private recipe it tells less about the data.
+    said = _drawn(wanted, loaded, draw)
     if as_json:
-        about = loaded.describe(private=wanted.private)
-        typer.echo(json.dumps({"recipe": wanted.name, "data": about, "stages": lines}))
+        _print_json(wanted, loaded, lines)
         return
     terminal.show_check(
         out_stream, f"{wanted.name}: {wanted.description}", loaded.describe(), lines
@@ -150,10 +141,32 @@ def check(
     if elsewhere:
         _name_columns(wanted, loaded, out_stream)
     start = _start(recipe, overrides, data, public, device)
-    if draw is not None:
-        out_stream.print(f"drawn: {draw}", markup=False, soft_wrap=True)
-    said = f"everything fits together; start it with: {start}"
+    said += f"everything fits together; start it with: {start}"
     out_stream.print(said, markup=False, soft_wrap=True)
+
+
+def _drawn(recipe: Recipe, data: FederatedData, page: Path | None) -> str:
+    """Draws the data if a page is asked for, and returns a line that says so."""
+    if page is None:
+        return ""
+    from fedpress.api.drawing import draw_data
+
+    draw_data(recipe, data, page)
+    return f"drawn: {page}\n"
+
+
+def _no_recipe() -> RecipeError:
+    return RecipeError(
+        "give the name of a recipe or a TOML file",
+        place="check",
+        cure="fedpress recipes lists the names",
+    )
+
+
+def _print_json(recipe: Recipe, data: FederatedData, lines: list[dict[str, Any]]) -> None:
+    # The JSON may be passed on, so for a private recipe it tells less about the data.
+    about = data.describe(private=recipe.private)
+    typer.echo(json.dumps({"recipe": recipe.name, "data": about, "stages": lines}))
 
 
 def _start(

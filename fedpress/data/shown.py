@@ -39,13 +39,18 @@ def shown(data: FederatedData, *, rows: Rows, clients: bool) -> dict[str, Any]:
         few = [replace(one, words=one.words[:MOST_WORDS]) for one in columns[:MOST_COLUMNS]]
         found["columns"] = [asdict(one) for one in few]
         found["more_columns"] = len(columns) - len(few)
-    if data.labelled and 1 < data.num_classes <= MOST_CLASSES:
-        labels = data.label_counts(data.public)
-        if labels:
-            found |= {"classes": list(data.class_names), "labels": labels}
-        # One client alone is compared with nobody; commands without clients make one up.
-        if labels and clients and len(data.clients) > 1:
-            named = list(data.clients.items())
-            found["clients"] = {name: data.label_counts(own) for name, own in named[:MOST_CLIENTS]}
-            found["more_clients"] = max(0, len(named) - MOST_CLIENTS)
+    return found | _classes(data, clients=clients)
+
+
+def _classes(data: FederatedData, *, clients: bool) -> dict[str, Any]:
+    """Returns the classes of the public rows, and of each client if `clients`; see `shown`."""
+    labels = data.label_counts(data.public)
+    if not (labels and data.labelled and 1 < data.num_classes <= MOST_CLASSES):
+        return {}
+    found: dict[str, Any] = {"classes": list(data.class_names), "labels": labels}
+    # One client alone is compared with nobody; commands without clients make one up.
+    if clients and len(data.clients) > 1:
+        named = list(data.clients.items())
+        found["clients"] = {name: data.label_counts(own) for name, own in named[:MOST_CLIENTS]}
+        found["more_clients"] = max(0, len(named) - MOST_CLIENTS)
     return found

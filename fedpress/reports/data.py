@@ -128,6 +128,11 @@ def _content(facts: Json) -> tuple[str, Markup]:
     if dates:
         hover = [f"{count:,.0f} rows" for count in histogram]
         return " to ".join(dict.fromkeys(dates)), _small_bars(histogram, hover)
+    return _words(facts)
+
+
+def _words(facts: Json) -> tuple[str, Markup]:
+    """Returns the most frequent words, and a bar for each; how many differ if none are known."""
     words = [pair for pair in _list(facts.get("words")) if isinstance(pair, list | tuple)]
     words = [pair for pair in words if len(pair) == 2 and units.number(pair[1]) is not None]
     distinct = int(units.number(facts.get("distinct")) or 0)
@@ -206,23 +211,23 @@ def classes_of_clients(shown: Json) -> Figure | None:
         hover = [f"{name}: {rows[name][at]:,.0f} of class {label}" for name in names]
         series.append(Series("cells", label, counts, list(range(len(names))), hover=hover))
     clients = len([name for name in names if name != "public"])
-    more = int(units.number(shown.get("more_clients")) or 0)
-    caption = "The darker a cell, the larger the class's share of the row; at the right the sums."
-    if clients:
-        caption = f"{clients + more:,} clients and {len(classes)} classes. {caption}"
-        if more:
-            caption += f" {more:,} more clients are not drawn."
-    else:
-        caption = f"{len(classes)} classes. {caption} Private rows were not counted."
-    title = "Classes of each client" if clients else "Classes of the public rows"
     return Figure(
-        title,
-        caption,
+        "Classes of each client" if clients else "Classes of the public rows",
+        _caption(clients, int(units.number(shown.get("more_clients")) or 0), len(classes)),
         Axis("class"),
         [Panel(Axis("", names=names), series)],
         height=grid_height(names, classes),
         wide=True,
     )
+
+
+def _caption(clients: int, more: int, classes: int) -> str:
+    """Returns the caption of a figure of some clients, where `more` are not drawn."""
+    said = "The darker a cell, the larger the class's share of the row; at the right the sums."
+    if not clients:
+        return f"{classes} classes. {said} Private rows were not counted."
+    left = f" {more:,} more clients are not drawn." if more else ""
+    return f"{clients + more:,} clients and {classes} classes. {said}{left}"
 
 
 def _items(found: Any) -> list[tuple[str, Any]]:

@@ -63,11 +63,8 @@ def _picture(figure: Figure, width: int, name: str) -> Markup:
 def _content(figure: Figure, width: int) -> list[Markup]:
     bottom = figure.height - BELOW
     names = figure.panels[0].y.names
-    if names and figure.series[0].kind == "cells":
-        return grid_of_cells(figure, names, width)
     if names:
-        x, drawn = named_rows(figure, names, width)
-        return [*drawn, *_lower_axis(figure, x, bottom, whole=False)]
+        return _named(figure, names, width)
 
     ranges = [axis_range(panel.y, panel_heights(panel)) for panel in figure.panels]
     most_ticks = 6 if len(ranges) == 1 else 5
@@ -97,6 +94,14 @@ def _content(figure: Figure, width: int) -> list[Markup]:
     # Epochs and rounds: a tick at 2.5 would make no sense.
     whole = all(number == int(number) for number in known_x)
     return [*drawn, *_lower_axis(figure, x, bottom, whole=whole)]
+
+
+def _named(figure: Figure, names: Sequence[str], width: int) -> list[Markup]:
+    """Returns a row for each name: cells, or bars and dots above an axis."""
+    if figure.series[0].kind == "cells":
+        return grid_of_cells(figure, names, width)
+    x, drawn = named_rows(figure, names, width)
+    return [*drawn, *_lower_axis(figure, x, figure.height - BELOW, whole=False)]
 
 
 def _longest(all_ticks: Sequence[Sequence[float]]) -> int:

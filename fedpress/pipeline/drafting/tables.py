@@ -61,22 +61,12 @@ def of_table(
             cure=("name one with ", Argument("label", "COLUMN")),
         )
     target = facts.column(label if label is not None else facts.labels[0])
-    owner = client
-    if owner is None:
-        # A column that tells series apart is the client: windows cannot be dealt.
-        by = (facts.series.by,) if facts.series is not None and facts.series.by else ()
-        owner = next((name for name in (*by, *facts.clients) if name != target.name), "")
+    owner = client if client is not None else _owner(facts, target)
     if owner:
         facts.column(owner)  # raises an error if there is none of this name
     task = task or _task_for(target, facts)
-    series = facts.series if task == Forecast.kind else None
-    if task == Forecast.kind and series is None:
-        raise DataError(
-            "its rows are no series at regular times, so there is nothing to forecast",
-            place=f"'{path}'",
-            cure=("give another ", Argument("task"), ", or columns of dates and of stations"),
-        )
-    used = {target.name, owner} | ({*series.order, series.by} if series is not None else set())
+    series = _series(facts, task)
+    used = {target.name, owner} | _placed(series)
     left_out = _left_out(facts, used)
     nobody = "none; all rows are one client's" if series else "none; rows are dealt to 10 clients"
     chosen = [f"label: {target.name}", f"client: {owner or nobody}", f"task: {task}"]
@@ -94,11 +84,46 @@ def of_table(
         types=_types_line(facts, left_out, {target.name, owner}),
         drop=_drop_line(left_out),
         missing=_missing_line(target, gaps, series is not None),
-        series=series_lines(series, owner) if series is not None else "",
-        optimizer=ADAM if series is not None else "",
-        optimizer_of_clients=ADAM if series is not None else "lr = 0.1\n",
+        **_training(series, owner),
     )
     return Draft(text, {}, tuple(chosen))
+
+
+def _owner(facts: TableFacts, target: ColumnFacts) -> str:
+    """Returns the column that most likely names the client; "" if there is none."""
+    # A column that tells series apart is the client: windows cannot be dealt.
+    by = (facts.series.by,) if facts.series is not None and facts.series.by else ()
+    return next((name for name in (*by, *facts.clients) if name != target.name), "")
+
+
+def _series(facts: TableFacts, task: str) -> SeriesFacts | None:
+    """Returns how the rows of a forecast follow each other; None for another task.
+
+    Raises:
+        DataError: if a forecast is asked for, and they do not.
+    """
+    if task != Forecast.kind:
+        return None
+    if facts.series is None:
+        raise DataError(
+            "its rows are no series at regular times, so there is nothing to forecast",
+            place=f"'{facts.path}'",
+            cure=("give another ", Argument("task"), ", or columns of dates and of stations"),
+        )
+    return facts.series
+
+
+def _placed(series: SeriesFacts | None) -> set[str]:
+    """Returns the columns that only say where a row stands in a series."""
+    return set() if series is None else {*series.order, series.by}
+
+
+def _training(series: SeriesFacts | None, owner: str) -> dict[str, str]:
+    """Returns the table of the series, and the optimizers of the stages."""
+    if series is None:
+        return {"series": "", "optimizer": "", "optimizer_of_clients": "lr = 0.1\n"}
+    lines = series_lines(series, owner)
+    return {"series": lines, "optimizer": ADAM, "optimizer_of_clients": ADAM}
 
 
 def _told_of_rows(facts: TableFacts, series: SeriesFacts | None) -> list[str]:
