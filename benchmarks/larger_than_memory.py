@@ -66,6 +66,10 @@ def write(path: Path, gigabytes: float) -> int:
         writer.write_table(table, row_group_size=1 << 15)
     assert writer is not None, "there is a client"
     writer.close()
+    # What this process has written stays in the page cache, uncounted, unless it is dropped.
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return CLIENTS * rows + rows // 5
 
 
@@ -99,8 +103,13 @@ def main() -> None:
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     path = given.folder / "large.parquet"
+    begun = time.perf_counter()
     rows = write(path, given.gigabytes)
-    print(f"{rows:,} rows of {WIDTH} numbers, {path.stat().st_size / 1e9:.1f} GB", flush=True)
+    print(
+        f"{rows:,} rows of {WIDTH} numbers, {path.stat().st_size / 1e9:.1f} GB, "
+        f"made in {time.perf_counter() - begun:.0f} s",
+        flush=True,
+    )
     recipe = given.folder / "large.toml"
     recipe.write_text(RECIPE.format(path=path))
     enter, peak = limited(given.limit)
@@ -114,7 +123,8 @@ def main() -> None:
     )
     result = json.loads((out / "result.json").read_text("utf-8"))["stages"][-1]
     print(
-        f"{time.perf_counter() - begun:.0f} s, peak {peak() / 1e9:.2f} GB with the page cache, "
+        f"{time.perf_counter() - begun:.0f} s, of which the federation took "
+        f"{result['seconds']:.0f} s, peak {peak() / 1e9:.2f} GB with the page cache, "
         f"accuracy {result['accuracy_before']:.3f} -> {result['accuracy']:.3f}"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow.parquet
 
 from fedpress.data import csv
 from fedpress.data.arrow import FILE_START
+from fedpress.data.raw_table import refuse_equal_names
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, first_line
 
@@ -34,30 +36,62 @@ class TableFiles:
     files: Sequence[Path]
     settings: DataSettings
 
-    def first(self) -> Any:
-        """Returns the first batch, a `pyarrow.Table`."""
-        return next(self.batches())
+    @cached_property
+    def columns(self) -> Any:
+        """A `pyarrow.Table` without rows that has the columns and types of all files.
 
-    def batches(self, columns: Sequence[str] | None = None) -> Iterator[Any]:
+        Raises:
+            DataError: if a file cannot be read, or columns of two files differ in type.
+        """
+        return concatenated([next(self._of_file(file)) for file in self.files], self.files)
+
+    def batches(self, columns: Sequence[str]) -> Iterator[Any]:
         """Yields a `pyarrow.Table` for each batch of rows, in order.
 
         Args:
-            columns: the columns to read; None: all.
+            columns: the columns to read.
 
         Raises:
             DataError: if a file cannot be read, or lacks a column.
         """
+        schema = self.columns.select(columns).schema
         for file in self.files:
-            try:
-                for batch in BATCHES[self.settings.source](file, self.settings, columns):
-                    whole = with_file(batch, file, self.settings)
-                    yield whole if columns is None else whole.select(columns)
-            except (OSError, UnicodeError, KeyError, pa.ArrowException) as error:
-                raise DataError(
-                    f"not a readable {self.settings.source} file ({first_line(error)})",
-                    place=f"'{file}'",
-                    cure="make it like the other files, or set stream = false, whose errors say more",
-                ) from error
+            for batch in self._of_file(file, columns):
+                if len(batch):
+                    # One file may have integers where another has decimals.
+                    yield batch if batch.schema.equals(schema) else batch.cast(schema)
+
+    def _of_file(self, file: Path, columns: Sequence[str] | None = None) -> Iterator[Any]:
+        """Yields the batches of a file, the first without rows."""
+        try:
+            for batch in BATCHES[self.settings.source](file, self.settings, columns):
+                whole = with_file(batch, file, self.settings)
+                yield whole if columns is None else whole.select(columns)
+        except (OSError, UnicodeError, KeyError, pa.ArrowException) as error:
+            raise DataError(
+                f"not a readable {self.settings.source} file ({first_line(error)})",
+                place=f"'{file}'",
+                cure="make it like the other files, or set stream = false, whose errors say more",
+            ) from error
+
+
+def concatenated(tables: Sequence[Any], files: Sequence[Path]) -> Any:
+    """Returns the rows of all tables, one of each file.
+
+    Raises:
+        DataError: if a table has two columns of one name, or columns of two differ in type.
+    """
+    for table, file in zip(tables, files, strict=True):
+        refuse_equal_names(table.column_names, f"'{file}'")
+    # "permissive", because one file may have integers where another file has decimals.
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise DataError(
+            (f"the {len(files)} files have columns of different types ({first_line(error)})"),
+            place=f"'{files[0]}'",
+            cure="make them alike",
+        ) from error
 
 
 def with_file(table: Any, path: Path, settings: DataSettings) -> Any:
@@ -70,11 +104,16 @@ def with_file(table: Any, path: Path, settings: DataSettings) -> Any:
 def _parquet(path: Path, settings: DataSettings, columns: Sequence[str] | None) -> Iterator[Any]:
     # Without `pre_buffer=False` pyarrow keeps what it has read until the end of the file.
     with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+        yield file.schema_arrow.empty_table()
         there = file.schema_arrow.names
         # Of parquet columns that are not named here nothing is read.
         wanted = None if columns is None else [name for name in columns if name in there]
-        rows = max(CELLS // len(there), 1)
+        width = len(there) if wanted is None else max(len(wanted), 1)
         for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            # Equal batches: a short one takes nearly as long as a full one.
+            parts = max(-(-count * width // CELLS), 1)
+            rows = max(-(-count // parts), 1)
             for batch in file.iter_batches(rows, row_groups=[group], columns=wanted):
                 yield pa.Table.from_batches([batch])
 
@@ -87,7 +126,8 @@ def _arrow(path: Path, settings: DataSettings, columns: Sequence[str] | None) ->
             reader = pa.ipc.open_file(source)
             batches = (reader.get_batch(at) for at in range(reader.num_record_batches))
         else:
-            batches = iter(pa.ipc.open_stream(source))
+            reader = batches = pa.ipc.open_stream(source)
+        yield reader.schema.empty_table()
         for batch in batches:
             whole = pa.Table.from_batches([batch])
             # A file may be a single batch.
@@ -97,10 +137,11 @@ def _arrow(path: Path, settings: DataSettings, columns: Sequence[str] | None) ->
 
 
 def _csv(path: Path, settings: DataSettings, columns: Sequence[str] | None) -> Iterator[Any]:
-    with csv.open_csv(path, settings) as reader:
+    with csv.open_csv(path, settings, columns) as reader:
+        yield reader.schema.empty_table()
         for batch in reader:
             yield pa.Table.from_batches([batch])
 
 
 BATCHES = {"parquet": _parquet, "arrow": _arrow, "csv": _csv}
-"""Source -> the function that reads a file in batches."""
+"""Source -> the function that reads a file in batches, the first without rows."""

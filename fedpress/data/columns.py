@@ -1,13 +1,13 @@
 """Reads columns of a table: finds the type of text columns, and numbers the classes of labels.
 
-The type of a column and its classes are taken from public rows only (`Column.typed`), because a
+The type of a column and its classes are taken from public rows only (`Column.typed_by`), because a
 single private row must not add a class to a model that others receive.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,8 +51,14 @@ class Column:
     decimal: str = "."
 
     @classmethod
-    def of(cls, table: Any, name: str, settings: DataSettings) -> Column:
+    def of(cls, table: Any, name: str, settings: DataSettings, first_row: int = 0) -> Column:
         """Returns the column `name` of a table that `fedpress.data.tables` has read.
+
+        Args:
+            table: a `pyarrow.Table`.
+            name: name of the column.
+            settings: the `[data]` table of the recipe.
+            first_row: number of the first row of `table` among all rows, for errors.
 
         Raises:
             DataError: if a value is not of the type that the recipe gives to the column.
@@ -62,53 +68,51 @@ class Column:
             column = column.cast(column.type.value_type)
         if settings.type_of(name) is not None:
             # The user says what the text means, so nothing is left to be found out.
-            return cls(name, as_declared(column, name, settings))
+            return cls(name, as_declared(column, name, settings, first_row))
         text = settings.source == "csv" and is_word(column.type)
         return cls(name, column, text, settings.decimal)
 
-    def typed(self, rows: np.ndarray | None = None) -> Any:
+    def taken(self, rows: np.ndarray) -> Column:
+        """Returns the column with the rows at some positions, in this order."""
+        return replace(self, values=self.values.take(pa.array(rows)))
+
+    def typed(self) -> Any:
+        """Converts text to the type that all of it has; without any text to float64.
+
+        Example: "3" and "4.5" become float64; "3" and "unknown" stay text. Values that are not
+        text in the file are returned unchanged.
+        """
+        if not self.text:
+            return self.values
+        kind = self._kind(self.values)
+        return self.values if types.is_string(kind) else self.cast(kind)
+
+    def typed_by(self, rows: np.ndarray) -> Any:
         """Converts the text of all rows to the type of the text in `rows`; other text becomes null.
 
         Example: if `rows` have "3" and "4.5", the type is float64. A cell "unknown" in another row
         becomes null. Values that are not text in the file are returned unchanged.
 
         Args:
-            rows: positions of the rows that decide the type; None: all rows. If there are none, the
-                type is float64.
+            rows: positions of the rows that decide the type. If there are none, the type is
+                float64.
         """
         if not self.text:
             return self.values
-        if rows is None:
-            kind = self._kind(self.values)
-        else:
-            kind = self._kind(self.values.take(pa.array(rows)))
-            # Other rows may have decimals where `rows` have integers, so both types count as
-            # numbers.
-            if types.is_integer(kind):
-                kind = pa.float64()
-        if types.is_string(kind):
-            return self.values
-        return self.cast(kind)
+        kind = self._kind(self.values.take(pa.array(rows)))
+        # Other rows may have decimals where `rows` have integers, so both types count as numbers.
+        if types.is_integer(kind):
+            kind = pa.float64()
+        return self.values if types.is_string(kind) else self.cast(kind)
 
     def cast(self, kind: Any) -> Any:
         """Converts the text to the pyarrow type `kind`; text of another type becomes null."""
         return cast_text(self.values, kind, self.decimal)
 
-    def stray_texts(self, rows: np.ndarray) -> tuple[int, int]:
-        """Returns how many texts in `rows` are no numbers, and where the first of them stands.
-
-        Args:
-            rows: positions of the rows to look at.
-
-        Returns:
-            The number of such texts, and the position of the first one in the column; -1 if there
-            is none.
-        """
-        at = pa.array(rows)
-        numbers = self.cast(pa.float64()).take(at)
-        wrong = pc.and_(pc.is_null(numbers), pc.is_valid(self.values.take(at)))
-        first = pc.index(wrong, True).as_py()
-        return pc.sum(wrong).as_py() or 0, int(rows[first]) if first >= 0 else -1
+    def stray_texts(self) -> tuple[int, int]:
+        """Returns how many texts are no numbers, and the position of the first; -1 if none is."""
+        wrong = pc.and_(pc.is_null(self.cast(pa.float64())), pc.is_valid(self.values))
+        return pc.sum(wrong).as_py() or 0, pc.index(wrong, True).as_py()
 
     def _kind(self, values: Any) -> Any:
         """Returns the first of `TEXT_KINDS` to which all texts can be converted, else strings."""
@@ -240,7 +244,7 @@ class LabelColumn:
         if self.settings.classes is not None:
             return with_other_class(self._listed(self.settings.classes), self.settings, self._where)
         rows = rows_that_define_classes(public, len(self.column.values), self.settings, self._where)
-        column = self.column.typed(rows.numpy())
+        column = self.column.typed_by(rows.numpy())
         usable = column.is_valid().to_numpy()
         # An error may describe public rows. Private rows without a valid label are dropped
         # silently.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,15 @@ def delimiter_of(path: Path, usual: str = ",", encoding: str | None = None) -> s
     return likely if likely in header else usual
 
 
-def open_csv(path: Path, settings: DataSettings) -> Any:
+def open_csv(path: Path, settings: DataSettings, columns: Sequence[str] | None = None) -> Any:
     """Returns a reader of batches of text columns, a `pyarrow.csv.CSVStreamingReader`.
 
     Cells may not contain line breaks.
+
+    Args:
+        path: the file.
+        settings: delimiter and encoding of the file.
+        columns: the columns to read, if the file has them; None: all.
 
     Raises:
         pyarrow.ArrowException, UnicodeError: if the file cannot be read; also while reading.
@@ -116,6 +122,9 @@ def open_csv(path: Path, settings: DataSettings) -> Any:
         head = file.read(HEAD)
     encoding = settings.encoding or declared_encoding(head)
     options = _options(path, settings.delimiter, encoding, newlines=False)
+    if columns is not None:
+        converting = options["convert_options"]
+        converting.include_columns = [name for name in columns if name in converting.column_types]
     return pyarrow.csv.open_csv(path, **options)
 
 

@@ -254,11 +254,16 @@ def _check_like(where: str, arrays: Arrays, first: Arrays) -> None:
             cure="give all parts the same shapes",
         )
     for name, x in tensors_by_name(arrays.x).items():
-        # In parts, since `isfinite` makes as many booleans as there are numbers.
-        if x.is_floating_point() and not all(bool(p.isfinite().all()) for p in x.split(1 << 16)):
+        if x.is_floating_point() and not all(map(_is_finite, x.split(1 << 14))):
             of_name = f" of '{name}'" if several else ""
             raise DataError(
                 f"some features{of_name} are NaN or infinite",
                 place=where,
                 cure="fill or leave out those rows",
             )
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Returns whether all of some numbers are finite."""
+    # A sum over NaN or infinity is not finite, and takes no memory; a sum may overflow, too.
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())

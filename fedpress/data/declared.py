@@ -19,7 +19,7 @@ from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
 
-def as_declared(values: Any, name: str, settings: DataSettings) -> Any:
+def as_declared(values: Any, name: str, settings: DataSettings, first_row: int = 0) -> Any:
     """Returns the values of a column in the type that `types` of the recipe gives it.
 
     Numbers become float64 (booleans and numbers of Arrow stay as they are), words and integer ids
@@ -29,13 +29,14 @@ def as_declared(values: Any, name: str, settings: DataSettings) -> Any:
         values: a `pyarrow.ChunkedArray` [n], without dictionary encoding.
         name: name of the column.
         settings: the `[data]` table of the recipe.
+        first_row: number of the first of the values among all rows, for errors.
 
     Raises:
         DataError: if a value is not of this type. The error says the line, the value and a cure.
     """
     asked = settings.type_of(name)
     assert asked is not None, "checked by the caller"
-    given = _Given(values, name, asked, settings)
+    given = _Given(values, name, asked, settings, first_row)
     if asked.name == "number":
         return given.numbers()
     if asked.name == "word":
@@ -48,11 +49,14 @@ def as_declared(values: Any, name: str, settings: DataSettings) -> Any:
 class _Given:
     """A column as it was read, and the type that it shall have."""
 
-    def __init__(self, values: Any, name: str, asked: ColumnType, settings: DataSettings) -> None:
+    def __init__(
+        self, values: Any, name: str, asked: ColumnType, settings: DataSettings, first_row: int
+    ) -> None:
         self.values = values
         self.name = name
         self.asked = asked
         self.settings = settings
+        self.first_row = first_row
 
     def numbers(self) -> Any:
         kind = self.values.type
@@ -118,7 +122,7 @@ class _Given:
             return
         value = str(self.values[row].as_py())[:40]
         raise DataError(
-            f"{place_of(row, self.settings)} holds '{value}', which {problem}",
+            f"{place_of(self.first_row + row, self.settings)} holds '{value}', which {problem}",
             place=f"column '{self.name}'",
             cure=cure,
         )

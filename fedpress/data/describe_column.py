@@ -110,7 +110,7 @@ def _typed(column: Column, settings: DataSettings) -> tuple[Any, str]:
     values = column.typed()
     if not (column.text and is_word(values.type)):
         return values, ""
-    count, first = column.stray_texts(np.arange(len(values)))
+    count, first = column.stray_texts()
     if not 0 < count <= MOST_STRAY * (len(values) - values.null_count):
         return values, ""
     word = str(column.values[first].as_py())[:40]

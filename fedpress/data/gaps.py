@@ -22,8 +22,16 @@ def complete(table: Any, names: Sequence[str]) -> Any:
     return mask
 
 
-def refuse_gaps(table: Any, names: Sequence[str], settings: DataSettings) -> None:
+def refuse_gaps(
+    table: Any, names: Sequence[str], settings: DataSettings, first_row: int = 0
+) -> None:
     """Checks that every row has a value in every column of `names`.
+
+    Args:
+        table: a `pyarrow.Table`.
+        names: the columns to look at.
+        settings: the `[data]` table of the recipe.
+        first_row: number of the first row of `table` among all rows, for the error.
 
     Raises:
         DataError: if a cell has none; it names the column and the first such row.
@@ -32,7 +40,7 @@ def refuse_gaps(table: Any, names: Sequence[str], settings: DataSettings) -> Non
         gaps = _is_missing(table[name])
         count = pc.sum(gaps).as_py()
         if count:
-            where = place_of(pc.index(gaps, True).as_py(), settings)
+            where = place_of(first_row + pc.index(gaps, True).as_py(), settings)
             raise DataError(
                 f"{count} of {table.num_rows} rows have no value (first: {where})",
                 place=f"feature column '{name}'",

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,11 @@ from torch import Tensor
 from fedpress.data import cache
 from fedpress.data.batches import TableFiles
 from fedpress.data.columns import Column
+from fedpress.data.dates import is_date
 from fedpress.data.examples import InputRows, Progress
-from fedpress.data.features import FeatureColumns
+from fedpress.data.features import FeatureColumns, LearnedFeatures, has_gaps
 from fedpress.data.gaps import refuse_gaps
+from fedpress.data.scattered import ScatteredRows
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, placing
 
@@ -72,42 +74,68 @@ class StreamedColumns:
                 place="statistics",
                 cure="leave it out, or take a machine with more memory",
             )
-        shown = self._rows_at(public)
+        shown = self.rows_at(public)
         with placing("the public rows"):
-            learned = self._encoded(shown, shown.slice(0, 0))
-        assert learned.preparation is not None, "a table has one"
-        left_out = self._left_out(shown)
-        return OnDisk(learned.x, left_out, learned.preparation, columns=self, shown=shown)
+            learned = self._learned(shown)
+            x, left_out = self._encoded(learned, shown)
+            fill = learned.fill(x)
+            x = learned.filled(x, left_out, fill)
+        left_out = self._left_out(learned)
+        about = learned.preparation(fill)
+        return OnDisk(x, left_out, about, columns=self, learned=learned, fill=fill)
 
-    def encoded(self, shown: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def encoded(self, learned: LearnedFeatures) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yields of each batch the first row, the inputs [m, d], and which rows are dropped [m].
 
+        Missing cells are NaN.
+
         Args:
-            shown: the public rows, a `pyarrow.Table`; they decide what the columns become.
+            learned: what the public rows say about the columns.
         """
         for first, batch in self._batches():
             with placing(f"rows {first + 1:,} to {first + len(batch):,}"):
-                found = self._encoded(shown, batch)
-            assert isinstance(found.x, Tensor), "the features of a table are one tensor"
-            yield first, found.x, found.left_out
+                yield first, *self._encoded(learned, batch, first)
 
-    def _encoded(self, shown: Any, batch: Any) -> InputRows:
-        """Returns the inputs of a batch, by the same code that reads a table in memory."""
-        # Without a path an error counts rows, not lines of a file.
-        settings = self.settings.model_copy(update={"path": None})
-        if settings.missing == "error":
-            refuse_gaps(batch, self.names, settings)
-        both = pa.concat_tables([shown, batch], promote_options="permissive")
-        columns = tuple(Column.of(both, name, settings) for name in self.names)
-        found = FeatureColumns(columns, settings).inputs(torch.arange(len(shown)))
-        rows = slice(len(shown), None)
-        assert isinstance(found.x, Tensor), "the features of a table are one tensor"
-        return replace(found, x=found.x[rows], left_out=found.left_out[rows])
+    def _learned(self, shown: Any) -> LearnedFeatures:
+        """Returns what the public rows `shown`, and columns of public words, say."""
+        columns = self._columns(shown)
+        listed = [name for name in self.names if name in self.settings.public_words]
+        if listed:
+            whole = pa.concat_tables([batch for _, batch in self._batches(listed)])
+            for name in listed:
+                found = Column.of(whole, name, self._rowwise)
+                # The parts of dates are learned from public rows alone.
+                if not is_date(found.values.type):
+                    columns[self.names.index(name)] = found
+        features = FeatureColumns(tuple(columns), self._rowwise)
+        return features.learned(torch.arange(len(shown)))
 
-    def _batches(self) -> Iterator[tuple[int, Any]]:
-        """Yields the position of the first row and the features of each batch."""
+    @property
+    def _rowwise(self) -> DataSettings:
+        """The settings without a path, so that an error counts rows, not lines of a file."""
+        return self.settings.model_copy(update={"path": None})
+
+    def _columns(self, batch: Any, first: int = 0) -> list[Column]:
+        settings = self._rowwise
+        return [Column.of(batch, name, settings, first) for name in self.names]
+
+    def _encoded(
+        self, learned: LearnedFeatures, batch: Any, first: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        x, left_out = learned.encoded(self._columns(batch, first))
+        # A cell without a value is NaN, so that most batches need not be searched for one.
+        if self.settings.missing == "error" and has_gaps(x):
+            refuse_gaps(batch, self.names, self._rowwise, first)
+        return x, left_out
+
+    def _batches(self, names: Sequence[str] | None = None) -> Iterator[tuple[int, Any]]:
+        """Yields the position of the first row and the features of each batch.
+
+        Args:
+            names: the columns to read; None: all features.
+        """
         read = first = 0
-        for batch in self.files.batches(self.names):
+        for batch in self.files.batches(self.names if names is None else names):
             here = slice(read, read + len(batch))
             read += len(batch)
             if self.kept is not None:
@@ -115,24 +143,26 @@ class StreamedColumns:
             yield first, batch
             first += len(batch)
 
-    def _rows_at(self, rows: Tensor) -> Any:
-        """Returns a `pyarrow.Table` of the rows at some positions, in the order of the files."""
-        wanted = np.sort(rows.numpy())
+    def rows_at(self, rows: Tensor) -> Any:
+        """Returns a `pyarrow.Table` of the rows at some positions, in their order."""
+        order = np.argsort(rows.numpy(), kind="stable")
+        wanted = rows.numpy()[order]
         # Without rows the table still has its columns.
-        parts = [self.files.first().select(self.names).slice(0, 0)]
+        parts = [self.files.columns.select(self.names)]
         for first, batch in self._batches():
             ends = np.searchsorted(wanted, [first, first + len(batch)])
             here = wanted[slice(*ends)] - first
             # Hundreds of empty columns for each of thousands of batches would fill the memory.
             if len(here):
                 parts.append(batch.take(pa.array(here)))
-        return pa.concat_tables(parts, promote_options="permissive").combine_chunks()
+        sorted_rows = pa.concat_tables(parts).combine_chunks()
+        return sorted_rows.take(pa.array(np.argsort(order, kind="stable")))
 
-    def _left_out(self, shown: Any) -> Tensor:
+    def _left_out(self, learned: LearnedFeatures) -> Tensor:
         """Returns which rows are dropped, bool [n]; a pass of its own only where rows may be."""
-        if "drop" not in (self.settings.missing, self.settings.unknown):
+        if not learned.may_drop():
             return torch.zeros(self.rows, dtype=torch.bool)
-        return torch.cat([left_out for _, _, left_out in self.encoded(shown)])
+        return torch.cat([left_out for _, _, left_out in self.encoded(learned)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +171,13 @@ class OnDisk(InputRows):
 
     Attributes:
         columns: the columns of the files.
-        shown: the public rows, a `pyarrow.Table`.
+        learned: what the public rows say about them.
+        fill: what replaces missing cells [d].
     """
 
     columns: StreamedColumns
-    shown: Any
+    learned: LearnedFeatures
+    fill: Tensor
 
     def of_parts(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the inputs of each part, float32 [n, d] in a mapped file.
@@ -162,9 +194,10 @@ class OnDisk(InputRows):
         assert isinstance(self.x, Tensor), "the features of a table are one tensor"
         progress = self.columns.progress
         with _room(total * self.x.shape[1] * 4) as file:
-            for first, x, _ in self.columns.encoded(self.shown):
-                at = where[first : first + len(x)]
-                _write(file, x[at >= 0], at[at >= 0])
+            rows = ScatteredRows(file, total, self.x.shape[1])
+            for first, x, left_out in self.columns.encoded(self.learned):
+                x = self.learned.filled(x, left_out, self.fill)
+                rows.write_(x, where[first : first + len(x)])
                 if progress:
                     progress("converting rows", first + len(x), len(where))
             x = _mapped(file, total, self.x.shape[1])
@@ -179,34 +212,20 @@ def _room(size: int) -> Iterator[Any]:
         DataError: if there is no room for it.
     """
     folder = cache.folder()
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
-            # Reserved now: a full disk would end the process later, in the middle of a write.
+    # Errors of reading are no OSError here: `TableFiles` gives them a place.
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            # Reserved now: better no conversion than one that ends when the disk is full.
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
-        except OSError as error:
-            raise DataError(
-                f"no room for {size / 1e9:.1f} GB of inputs ({error.strerror})",
-                place=f"'{folder}'",
-                cure="make room there, or name another folder in the environment variable "
-                "FEDPRESS_CACHE",
-            ) from error
-        yield file
-
-
-def _write(file: Any, x: Tensor, rows: Tensor) -> None:
-    """Writes `x` [n, d] to the rows of a file that `rows` int64 [n] names.
-
-    Rows that follow each other are written at once. They are not written through a mapping: where
-    memory is short, the system would have to clean each of its pages first.
-    """
-    order = rows.argsort()
-    x, rows = x[order].contiguous(), rows[order]
-    ends = torch.nonzero(rows.diff() != 1).flatten() + 1
-    for part, at in zip(x.tensor_split(ends), rows.tensor_split(ends), strict=True):
-        if len(part):
-            os.pwrite(file.fileno(), part.numpy().data, int(at[0]) * x.shape[1] * 4)
+            yield file
+    except OSError as error:
+        raise DataError(
+            f"no room for {size / 1e9:.1f} GB of inputs ({error.strerror})",
+            place=f"'{folder}'",
+            cure="make room there, or name another folder in the environment variable "
+            "FEDPRESS_CACHE",
+        ) from error
 
 
 def _mapped(file: Any, rows: int, width: int) -> Tensor:

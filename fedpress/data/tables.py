@@ -19,7 +19,7 @@ from fedpress import tasks
 from fedpress.core.examples import Arrays
 from fedpress.data import columns, csv, features, huggingface, images, sql
 from fedpress.data.arrow import read_arrow
-from fedpress.data.batches import BATCHES, TableFiles, with_file
+from fedpress.data.batches import BATCHES, TableFiles, concatenated, with_file
 from fedpress.data.column_facts import ColumnFacts
 from fedpress.data.columns import Column
 from fedpress.data.examples import InputRows, Progress, SourceRows
@@ -116,8 +116,7 @@ def _read_streamed(settings: DataSettings, progress: Progress | None) -> SourceR
     files = find(settings.path, settings.source)
     table = TableFiles(files, settings)
     where = f"'{settings.path}'"
-    first = RawTable(_name_of(files), table.first(), where)
-    refuse_equal_names(first.values.column_names, where)
+    first = RawTable(_name_of(files), table.columns, where)
     names = _feature_names(first, settings)
     for name in names:
         kind = first.values.schema.field(name).type
@@ -133,8 +132,8 @@ def _read_streamed(settings: DataSettings, progress: Progress | None) -> SourceR
         # Rows are dropped before the split, so that shares refer to rows that are used.
         masks = [complete(part, [*names, *known]) for part in table.batches([*names, *known])]
         kept = np.concatenate([mask.to_numpy(zero_copy_only=False) for mask in masks])
-    parts = list(table.batches(known))
-    raw = replace(first, values=_concatenate(parts, files[:1] * len(parts)))
+    none = table.columns.select(known)
+    raw = replace(first, values=pa.concat_tables([none, *table.batches(known)]))
     if kept is not None:
         raw = raw.filtered(pa.array(kept))
     columns = StreamedColumns(table, names, raw.values.num_rows, kept, settings, progress)
@@ -322,7 +321,7 @@ def read_files(settings: DataSettings) -> RawTable:
     """
     assert settings.path is not None, "checked by DataSettings"
     files = find(settings.path, settings.source)
-    table = _concatenate([_read_file(file, settings) for file in files], files)
+    table = concatenated([_read_file(file, settings) for file in files], files)
     return RawTable(_name_of(files), table, f"'{settings.path}'")
 
 
@@ -341,20 +340,6 @@ TABLES: dict[str, Callable[[DataSettings], RawTable]] = {
 
 def _read_file(path: Path, settings: DataSettings) -> Any:
     return with_file(READERS_OF_FILES[settings.source](path, settings), path, settings)
-
-
-def _concatenate(tables: list[Any], files: list[Path]) -> Any:
-    for table, file in zip(tables, files, strict=True):
-        refuse_equal_names(table.column_names, f"'{file}'")
-    # "permissive", because one file may have integers where another file has decimals.
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise DataError(
-            (f"the {len(files)} files have columns of different types ({first_line(error)})"),
-            place=f"'{files[0]}'",
-            cure="make them alike",
-        ) from error
 
 
 COLUMN_KEYS = (

@@ -156,7 +156,7 @@ def test_inputs_lie_in_a_file_without_a_name(tmp_path):
         (
             {"age": [50.0] * 149 + [None] + [50.0] * 50},
             {},
-            "rows 141 to 168: feature column 'age': 1 of 28 rows have no value (first: row 10); "
+            "rows 121 to 160: feature column 'age': 1 of 40 rows have no value (first: row 150); "
             "set missing = 'drop' or 'mean', or name it in drop_columns",
         ),
         (
