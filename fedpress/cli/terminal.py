@@ -152,9 +152,11 @@ def content(column: ColumnFacts) -> str:
     """Returns words with their counts, or the range of numbers or dates, and a histogram."""
     from fedpress.data.column_facts import bars
 
+    # Of a column that does not fit into memory some rows are looked at.
+    about = "about " if column.sampled else ""
     if column.numbers:
         low, middle, high = (f"{number:.6g}" for number in column.numbers)
-        return f"{low} to {high}, median {middle}  {bars(column.histogram)}"
+        return f"{low} to {high}, median {about}{middle}  {bars(column.histogram)}"
     if column.dates:
         return f"{' to '.join(column.dates)}  {bars(column.histogram)}"
     if column.words:
@@ -162,7 +164,7 @@ def content(column: ColumnFacts) -> str:
         more = len(column.words) - WORDS_SHOWN
         drawn = bars([count for _, count in column.words[:BARS_SHOWN]])
         return shown + (f", {more} more" if more > 0 else "") + f"  {drawn}"
-    return f"{column.distinct:,} different" if column.distinct else ""
+    return f"{about}{column.distinct:,} different" if column.distinct else ""
 
 
 def show_inputs(out: Console, data: FederatedData, *, private: bool) -> None:
@@ -176,8 +178,7 @@ def show_inputs(out: Console, data: FederatedData, *, private: bool) -> None:
     """
     if data.preparation is not None and data.preparation.columns:
         whose = "the public rows" if private else "all rows"
-        # A table that is read in batches is not described.
-        out.print(f"columns, by {whose}:" if data.columns else "columns:", markup=False)
+        out.print(f"columns, by {whose}:", markup=False)
         facts = {one.name: one for one in data.columns}
         rows = []
         for column in data.preparation.columns:

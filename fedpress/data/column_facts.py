@@ -33,6 +33,8 @@ class ColumnFacts:
         rows: number of cells.
         part: the rows that were looked at. Only facts of public rows may be written down where
             others read them.
+        sampled: whether `distinct`, the median and the histogram are estimates from some rows. The
+            least and the largest value, and what else is said, are always those of all rows.
     """
 
     name: str
@@ -47,6 +49,7 @@ class ColumnFacts:
     note: str = ""
     rows: int = 0
     part: Rows = "all"
+    sampled: bool = False
 
 
 def bar(share: float) -> str:

@@ -109,10 +109,11 @@ class Column:
         """Converts the text to the pyarrow type `kind`; text of another type becomes null."""
         return cast_text(self.values, kind, self.decimal)
 
-    def stray_texts(self) -> tuple[int, int]:
-        """Returns how many texts are no numbers, and the position of the first; -1 if none is."""
+    def stray_texts(self) -> np.ndarray:
+        """Returns bool [n]: whether a cell is a text that is no number."""
         wrong = pc.and_(pc.is_null(self.cast(pa.float64())), pc.is_valid(self.values))
-        return pc.sum(wrong).as_py() or 0, pc.index(wrong, True).as_py()
+        found: np.ndarray = wrong.to_numpy()
+        return found
 
     def _kind(self, values: Any) -> Any:
         """Returns the first of `TEXT_KINDS` to which all texts can be converted, else strings."""

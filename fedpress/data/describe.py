@@ -14,12 +14,15 @@ from typing import Any
 import pyarrow.compute as pc
 
 from fedpress.data import csv, sql, tables
+from fedpress.data.batches import TableFiles
 from fedpress.data.column_facts import ColumnFacts
 from fedpress.data.columns import Column
 from fedpress.data.describe_column import describe_column
 from fedpress.data.describe_series import SeriesFacts, series_of
 from fedpress.data.paths import TABLES, refuse_no_path
 from fedpress.data.settings import DataSettings
+from fedpress.data.streamed import is_larger_than_memory
+from fedpress.data.tally import describe_batches
 from fedpress.errors import DataError, suggestion
 
 # Most classes that a column of whole numbers may have to be taken for a label of classes.
@@ -97,29 +100,30 @@ def describe_file(path: str | Path) -> TableFacts:
         raise DataError(f"'{path}' is no table", place="data", cure=f"give a file {known}")
     refuse_no_path(path, f"'{path}'")
     others: tuple[str, ...] = ()
+    table: Any = None
     if path.suffix in DATABASES:
         name, *more = sql.tables_of(path)
         settings = DataSettings.model_validate({"source": "sql", "path": path, "table": name})
         table, others = sql.read_sql(settings).values, tuple(more)
     else:
-        settings, table = _read(path)
-    if not table.num_rows:
+        settings = _settings_of(path)
+        if not is_larger_than_memory(path.stat().st_size):
+            table = tables.READERS_OF_FILES[settings.source](path, settings)
+    columns, settings = _in_batches(path, settings) if table is None else _of(table, settings)
+    rows = columns[0].rows if columns else 0
+    if not rows:
         raise DataError("there are no rows", place=f"'{path}'", cure="give a table with rows")
-    if settings.delimiter != "," and _has_decimal_commas(table):
-        settings = settings.model_copy(update={"decimal": ","})
-    columns = tuple(
-        describe_column(Column.of(table, n, settings), settings) for n in table.column_names
-    )
-    clients = _clients(columns, table.num_rows)
-    series = series_of(table, columns, clients, settings)
+    clients = _clients(columns, rows)
+    # Whether rows follow each other is not looked for in a table larger than memory.
+    series = None if table is None else series_of(table, columns, clients, settings)
     return TableFacts(
         str(path),
         settings.source,
         settings.delimiter,
         settings.decimal,
-        table.num_rows,
+        rows,
         columns,
-        _labels(columns, table.num_rows, series),
+        _labels(columns, rows, series),
         clients,
         series,
         settings.table or "",
@@ -127,13 +131,36 @@ def describe_file(path: str | Path) -> TableFacts:
     )
 
 
-def _read(path: Path) -> tuple[DataSettings, Any]:
-    """Returns how a file is read, and its table."""
+def _settings_of(path: Path) -> DataSettings:
+    """Returns how a file is read."""
     keys: dict[str, Any] = {"source": TABLES[path.suffix], "path": path}
     if keys["source"] == "csv":
         keys["delimiter"] = csv.delimiter_of(path)
-    settings = DataSettings.model_validate(keys)
-    return settings, tables.READERS_OF_FILES[settings.source](path, settings)
+    return DataSettings.model_validate(keys)
+
+
+def _of(table: Any, settings: DataSettings) -> tuple[tuple[ColumnFacts, ...], DataSettings]:
+    """Returns the columns of a table, and the settings with its decimal separator."""
+    settings = _with_decimals(table, settings)
+    columns = (Column.of(table, name, settings) for name in table.column_names)
+    return tuple(describe_column(column, settings) for column in columns), settings
+
+
+def _in_batches(path: Path, settings: DataSettings) -> tuple[tuple[ColumnFacts, ...], DataSettings]:
+    """Returns the same as `_of` for a file that does not fit into memory."""
+    files = TableFiles([path], settings)
+    names = files.columns.column_names
+    for batch in files.batches(names):
+        settings = _with_decimals(batch, settings)
+        break
+    return describe_batches(files, names, settings), settings
+
+
+def _with_decimals(table: Any, settings: DataSettings) -> DataSettings:
+    """Returns the settings with the decimal separator of a table, or of its first rows."""
+    if settings.delimiter != "," and _has_decimal_commas(table):
+        return settings.model_copy(update={"decimal": ","})
+    return settings
 
 
 def _has_decimal_commas(table: Any) -> bool:

@@ -5,7 +5,8 @@ Whoever calls it chooses the rows: the owner of a file may look at all of them.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,70 @@ from fedpress.data.settings import DataSettings
 BARS = 12
 
 
+@dataclass(frozen=True)
+class Cells:
+    """The different values of a column, and how often each occurs.
+
+    Attributes:
+        column: the values as they are in the file, in the order of their first cells; none for
+            images and lists, and without missing cells.
+        counts: float64 [k]: number of cells with each value.
+        rows: number of all cells.
+        missing: number of cells without a value.
+        row_of: returns the row of the first cell with a value, from the value's position.
+        weight: number of cells that one cell of a sample stands for; 0 if no cell is left out.
+    """
+
+    column: Column
+    counts: np.ndarray
+    rows: int
+    missing: int
+    row_of: Callable[[int], int]
+    weight: float = 0.0
+
+    @classmethod
+    def of(cls, column: Column) -> Cells:
+        """Returns the cells of a column in memory."""
+        values = column.values
+        known = known_cells(values)
+        found = known.value_counts()
+        different = pa.chunked_array([found.field("values")])
+        return cls(
+            replace(column, values=different),
+            found.field("counts").to_numpy().astype(np.float64),
+            len(values),
+            missing_cells(values),
+            lambda at: int(pc.index(values, different[at]).as_py()),
+        )
+
+    def distinct(self, values: Any) -> int:
+        """Returns the number of different values; of a sample about as many, or fewer.
+
+        Args:
+            values: the values with their type, in which two texts may be the same number.
+        """
+        if not self.weight:
+            return len(values.drop_null().unique())
+        # How many values the sample has not seen: the estimator of Chao (1984), "Nonparametric
+        # estimation of the number of classes in a population", corrected for bias.
+        once, twice = (int((self.counts == seen * self.weight).sum()) for seen in (1, 2))
+        unseen = once * (once - 1) // (2 * (twice + 1))
+        return min(len(self.counts) + unseen, self.rows - self.missing)
+
+
+def missing_cells(values: Any) -> int:
+    """Returns how many cells have no value; NaN is none."""
+    return int(pc.sum(pc.is_null(values, nan_is_null=True)).as_py() or 0)
+
+
+def known_cells(values: Any) -> Any:
+    """Returns the cells with a value; none for images and lists, whose values are not compared."""
+    if types.is_nested(values.type):
+        return pa.chunked_array([pa.array([], pa.null())])
+    known = values.drop_null()
+    return known.filter(pc.invert(pc.is_nan(known))) if types.is_floating(known.type) else known
+
+
 def describe_column(column: Column, settings: DataSettings) -> ColumnFacts:
     """Describes a column.
 
@@ -32,119 +97,157 @@ def describe_column(column: Column, settings: DataSettings) -> ColumnFacts:
         column: the column; if the recipe says its type, with that type.
         settings: the `[data]` table, for the types that a recipe gives and for lines in notes.
     """
-    return replace(_facts(column, settings), rows=len(column.values))
-
-
-def _facts(column: Column, settings: DataSettings) -> ColumnFacts:
-    values, note = _typed(column, settings)
-    kind = values.type
-    missing = int(pc.sum(pc.is_null(column.values, nan_is_null=True)).as_py() or 0)
-    if types.is_struct(kind):
-        return ColumnFacts(column.name, "image", missing, 0)
+    kind = column.values.type
     if types.is_nested(kind):
-        return ColumnFacts(column.name, "list", missing, 0)
-    distinct = len(values.drop_null().unique())
+        what: Type = "image" if types.is_struct(kind) else "list"
+        rows = len(column.values)
+        return ColumnFacts(column.name, what, missing_cells(column.values), 0, rows=rows)
+    return describe_cells(Cells.of(column), settings)
+
+
+def describe_cells(cells: Cells, settings: DataSettings) -> ColumnFacts:
+    """Describes a column by its different values; see `describe_column`."""
+    return replace(_facts(cells, settings), rows=cells.rows, sampled=cells.weight > 0)
+
+
+def _facts(cells: Cells, settings: DataSettings) -> ColumnFacts:
+    values, note = _typed(cells, settings)
+    name, kind = cells.column.name, values.type
     if is_date(kind):
         # Of a CSV file dates are learned from only if the recipe says so.
-        return _of_dates(column, values, missing, "date" if column.text else "")
+        return _of_dates(cells, values, "date" if cells.column.text else "")
     if is_word(kind) or types.is_boolean(kind):
-        return _of_words(column, values, missing, settings)
+        return _of_words(cells, values, settings)
     if not (is_number(kind) or types.is_null(kind)):
-        return ColumnFacts(column.name, "text", missing, distinct, note=f"it holds {kind}")
-    if column.text and _has_leading_zeros(column.values):
+        return ColumnFacts(
+            name, "text", cells.missing, cells.distinct(values), note=f"it holds {kind}"
+        )
+    if cells.column.text and _has_leading_zeros(cells.column.values):
         return replace(
-            _of_words(column, column.values, missing, settings),
+            _of_words(cells, cells.column.values, settings),
             type="integer id",
             declare="integer id",
         )
-    return _of_numbers(column.name, values, missing, note)
+    return _of_numbers(cells, values, note)
 
 
-def _of_words(column: Column, values: Any, missing: int, settings: DataSettings) -> ColumnFacts:
-    asked = settings.type_of(column.name)
-    if column.text and (form := likely_form(values)):
+def _of_words(cells: Cells, values: Any, settings: DataSettings) -> ColumnFacts:
+    name, missing = cells.column.name, cells.missing
+    asked = settings.type_of(name)
+    is_text = cells.column.text and is_word(values.type)
+    if is_text and (form := likely_form(values)):
         dates = dates_of_text(values, form)
         if dates.null_count == values.null_count:
-            return _of_dates(column, dates, missing, f"date {form}")
-    distinct = len(values.drop_null().unique())
+            return _of_dates(cells, dates, f"date {form}")
+    distinct = cells.distinct(values)
     kind: Type = "integer id" if asked is not None and asked.name == "integer id" else "word"
     if distinct > MOST_WORDS:
-        return ColumnFacts(column.name, "text" if kind == "word" else kind, missing, distinct)
-    return ColumnFacts(column.name, kind, missing, distinct, _counts(values))
+        return ColumnFacts(name, "text" if kind == "word" else kind, missing, distinct)
+    return ColumnFacts(name, kind, missing, distinct, _counts(values, cells.counts))
 
 
-def _of_dates(column: Column, values: Any, missing: int, declare: str) -> ColumnFacts:
-    found = local(values).drop_null().to_numpy().astype("datetime64[s]")
+def _of_dates(cells: Cells, values: Any, declare: str) -> ColumnFacts:
+    name, missing = cells.column.name, cells.missing
+    dates = local(values)
+    counts = cells.counts[dates.is_valid().to_numpy()]
+    found = dates.drop_null().to_numpy().astype("datetime64[s]")
     if not len(found):
         # `typed` understands times of day as dates and converts none of them.
-        note = "it holds times of day" if missing < len(values) else ""
-        return ColumnFacts(column.name, "text", missing, 0, note=note)
+        note = "it holds times of day" if missing < cells.rows else ""
+        return ColumnFacts(name, "text", missing, 0, note=note)
     whole_days = bool((found == found.astype("datetime64[D]")).all())
     ends = np.array([found.min(), found.max()]).astype("datetime64[D]" if whole_days else None)
     seconds = found.astype(np.int64)
-    distinct = len(np.unique(seconds))
+    distinct = cells.distinct(pa.array(seconds))
     return ColumnFacts(
-        column.name,
+        name,
         "date",
         missing,
         distinct,
         dates=tuple(str(end).replace("T", " ") for end in ends),
-        histogram=_histogram(seconds.astype(np.float64), distinct),
+        histogram=_histogram(seconds.astype(np.float64), counts, distinct),
         declare=declare,
     )
 
 
-def _histogram(found: np.ndarray, distinct: int) -> tuple[int, ...]:
-    counts: list[int] = np.histogram(found, bins=min(BARS, max(1, distinct)))[0].tolist()
-    return tuple(counts)
+def _histogram(found: np.ndarray, counts: np.ndarray, distinct: int) -> tuple[int, ...]:
+    bins = min(BARS, max(1, distinct))
+    return tuple(np.histogram(found, bins=bins, weights=counts)[0].round().astype(int).tolist())
 
 
 def _has_leading_zeros(texts: Any) -> bool:
     """Whether whole numbers are written as 01067: then they are codes."""
-    zeros = pc.match_substring_regex(texts.drop_null(), r"^\s*0\d+\s*$")
-    return bool(pc.any(zeros).as_py())
+    return bool(pc.any(leading_zeros(texts)).as_py())
 
 
-def _typed(column: Column, settings: DataSettings) -> tuple[Any, str]:
+def leading_zeros(texts: Any) -> Any:
+    """Returns which texts are whole numbers with a zero in front, such as 01067."""
+    return pc.match_substring_regex(texts, r"^\s*0\d+\s*$")
+
+
+def _typed(cells: Cells, settings: DataSettings) -> tuple[Any, str]:
     """Returns the values with their type, and a note if a column of numbers has other text."""
-    values = column.typed()
+    column, values = cells.column, cells.column.typed()
     if not (column.text and is_word(values.type)):
         return values, ""
-    count, first = column.stray_texts()
-    if not 0 < count <= MOST_STRAY * (len(values) - values.null_count):
+    stray = column.stray_texts()
+    count = round(cells.counts[stray].sum())
+    if not 0 < count <= MOST_STRAY * (cells.rows - cells.missing):
         return values, ""
+    first = int(stray.argmax())
     word = str(column.values[first].as_py())[:40]
-    note = f"{count:,} of its cells are no numbers, such as '{word}' in {place_of(first, settings)}"
+    where = place_of(cells.row_of(first), settings)
+    note = f"{count:,} of its cells are no numbers, such as '{word}' in {where}"
     return column.cast(pa.float64()), note
 
 
-def _of_numbers(name: str, values: Any, missing: int, note: str) -> ColumnFacts:
-    distinct = len(values.drop_null().unique())
-    found = values.cast(pa.float64()).drop_null().to_numpy()
-    found = found[np.isfinite(found)]
+def _of_numbers(cells: Cells, values: Any, note: str) -> ColumnFacts:
+    name = cells.column.name
+    distinct = cells.distinct(values)
+    found = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    finite = np.isfinite(found)
+    found, counts = found[finite], cells.counts[finite]
     spread: tuple[float, ...] = ()
     histogram: tuple[int, ...] = ()
     if len(found):
-        spread = (float(found.min()), float(np.median(found)), float(found.max()))
-        histogram = _histogram(found, distinct)
-    kind: Type = "integer id" if _is_id(name, found, distinct) else "number"
+        spread = (float(found.min()), _median(found, counts), float(found.max()))
+        histogram = _histogram(found, counts, distinct)
     return ColumnFacts(
-        name, kind, missing, distinct, numbers=spread, histogram=histogram, note=note
+        name,
+        "integer id" if _is_id(cells, found, distinct) else "number",
+        cells.missing,
+        distinct,
+        numbers=spread,
+        histogram=histogram,
+        note=note,
     )
 
 
-def _is_id(name: str, found: np.ndarray, distinct: int) -> bool:
+def _median(found: np.ndarray, counts: np.ndarray) -> float:
+    """Returns the median of numbers that occur several times."""
+    order = found.argsort()
+    upto = counts[order].cumsum()
+    # The cells in the middle: of an odd number of cells twice the same one.
+    half = (upto[-1] - 1) / 2
+    places = np.searchsorted(upto, [np.floor(half), np.ceil(half)], side="right")
+    return float(found[order][np.minimum(places, len(found) - 1)].mean())
+
+
+def _is_id(cells: Cells, found: np.ndarray, distinct: int) -> bool:
     """Whether whole numbers only tell rows apart: every row has another one."""
-    if distinct < len(found) or len(found) < 2 or not (found == np.round(found)).all():
+    known = cells.rows - cells.missing
+    if distinct < known or len(found) < 2 or not (found == np.round(found)).all():
         return False
-    lower = name.lower()
+    lower = cells.column.name.lower()
     named = lower in ("id", "index", "row", "nr", "no") or lower.endswith(("_id", " id"))
-    return named or bool((np.diff(found) == 1).all())
+    # Growing numbers that take as much room as there are rows follow each other.
+    grows = bool((np.diff(found) > 0).all())
+    return named or (grows and float(found[-1] - found[0]) == known - 1)
 
 
-def _counts(values: Any) -> tuple[tuple[str, int], ...]:
-    counted = [
-        (str(one["values"]), int(one["counts"])) for one in values.value_counts().to_pylist()
-    ]
-    known = [pair for pair in counted if pair[0] != "None"]
-    return tuple(sorted(known, key=lambda pair: (-pair[1], pair[0])))
+def _counts(values: Any, counts: np.ndarray) -> tuple[tuple[str, int], ...]:
+    found: dict[str, int] = {}
+    for value, count in zip(values.to_pylist(), counts.tolist(), strict=True):
+        if value is not None:
+            found[str(value)] = found.get(str(value), 0) + round(count)
+    return tuple(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))

@@ -285,9 +285,10 @@ class FeatureColumns:
         Otherwise a single word would turn each number into a word with an input of its own.
         """
         seen = column.taken(public)
-        count, first = seen.stray_texts()
-        if not 0 < count <= MOST_STRAY * (len(seen.values) - seen.values.null_count):
+        stray = seen.stray_texts()
+        if not 0 < stray.sum() <= MOST_STRAY * (len(seen.values) - seen.values.null_count):
             return
+        first = int(stray.argmax())
         # Quoted, because the row is public.
         raise DataError(
             f"it holds numbers, but {place_of(int(public[first]), self.settings)} has the text "

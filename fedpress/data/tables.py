@@ -137,11 +137,35 @@ def _read_streamed(settings: DataSettings, progress: Progress | None) -> SourceR
     if kept is not None:
         raw = raw.filtered(pa.array(kept))
     columns = StreamedColumns(table, names, raw.values.num_rows, kept, settings, progress)
-    return replace(_rows(raw, settings), inputs=columns.inputs)
+    return replace(_rows(raw, settings), inputs=columns.inputs, facts=_facts_of_batches(columns))
+
+
+def _facts_of_batches(
+    columns: StreamedColumns,
+) -> Callable[[Tensor | None], tuple[ColumnFacts, ...]]:
+    """Returns the function that describes the columns of a table that is not in memory."""
+    settings = columns.settings
+    shown = _described(columns.names, settings)
+
+    def facts(rows: Tensor | None) -> tuple[ColumnFacts, ...]:
+        if rows is None:
+            # Imported here, because only `fedpress check` needs it.
+            from fedpress.data.tally import describe_batches
+
+            return describe_batches(columns.files, shown, settings, columns.progress)
+        part = replace(columns, names=shown).rows_at(rows)
+        return _facts(part, part, columns.names, settings)(torch.arange(len(part)))
+
+    return facts
+
+
+def _described(names: Sequence[str], settings: DataSettings) -> list[str]:
+    """Returns the columns that are described: the features, and the labels after them."""
+    return list(dict.fromkeys([*names, *settings.label_columns]))
 
 
 def _facts(
-    whole: Any, used: Any, names: list[str], settings: DataSettings
+    whole: Any, used: Any, names: Sequence[str], settings: DataSettings
 ) -> Callable[[Tensor | None], tuple[ColumnFacts, ...]]:
     """Returns the function that describes the columns (see `SourceRows.facts`).
 
@@ -151,7 +175,7 @@ def _facts(
         names: names of the feature columns; the labels follow them.
         settings: the `[data]` table of the recipe.
     """
-    shown = list(dict.fromkeys([*names, *settings.label_columns]))
+    shown = _described(names, settings)
 
     def facts(rows: Tensor | None) -> tuple[ColumnFacts, ...]:
         # Imported here, because only `fedpress check` needs it.
