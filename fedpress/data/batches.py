@@ -43,7 +43,13 @@ class TableFiles:
         Raises:
             DataError: if a file cannot be read, or columns of two files differ in type.
         """
+        _ = self._began
         return concatenated([next(self._of_file(file)) for file in self.files], self.files)
+
+    @cached_property
+    def _began(self) -> dict[Path, tuple[int, int]]:
+        """Size and time of each file before it is read for the first time."""
+        return {file: _size_and_time(file) for file in self.files}
 
     def batches(self, columns: Sequence[str]) -> Iterator[Any]:
         """Yields a `pyarrow.Table` for each batch of rows, in order.
@@ -60,6 +66,13 @@ class TableFiles:
                 if len(batch):
                     # One file may have integers where another has decimals.
                     yield batch if batch.schema.equals(schema) else batch.cast(schema)
+            # Labels, public rows and inputs are read one after the other, and must fit each other.
+            if _size_and_time(file) != self._began[file]:
+                raise DataError(
+                    "it has changed while it was read",
+                    place=f"'{file}'",
+                    cure="start again when nothing writes to it, or give a copy of it",
+                )
 
     def _of_file(self, file: Path, columns: Sequence[str] | None = None) -> Iterator[Any]:
         """Yields the batches of a file, the first without rows."""
@@ -67,12 +80,30 @@ class TableFiles:
             for batch in BATCHES[self.settings.source](file, self.settings, columns):
                 whole = with_file(batch, file, self.settings)
                 yield whole if columns is None else whole.select(columns)
-        except (OSError, UnicodeError, KeyError, pa.ArrowException) as error:
+        except KeyError as error:
             raise DataError(
-                f"not a readable {self.settings.source} file ({first_line(error)})",
+                f"not like the other files ({first_line(error)})",
                 place=f"'{file}'",
-                cure="make it like the other files, or set stream = false, whose errors say more",
+                cure="give all files the same columns",
             ) from error
+        except (OSError, UnicodeError, pa.ArrowException) as error:
+            # An error of pyarrow quotes the row of a CSV file, which may be private.
+            reason = csv.brief(error) if self.settings.source == "csv" else first_line(error)
+            raise DataError(
+                f"not a readable {self.settings.source} file ({reason})",
+                place=f"'{file}'",
+                cure="correct it, or copy it again",
+            ) from error
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    try:
+        about = file.stat()
+    except OSError as error:
+        raise DataError(
+            f"cannot be read ({error.strerror})", place=f"'{file}'", cure="check the path"
+        ) from error
+    return about.st_size, about.st_mtime_ns
 
 
 def concatenated(tables: Sequence[Any], files: Sequence[Path]) -> Any:

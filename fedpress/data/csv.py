@@ -79,7 +79,7 @@ def read_csv(path: Path, settings: DataSettings) -> Any:
             raise DataError(problem, place=f"'{path}'", cure=cure)
     refuse_other_delimiter(settings, lines[:1], path)
     raise DataError(
-        f"not a readable CSV file ({_brief(first)})", place=f"'{path}'", cure="correct or remove it"
+        f"not a readable CSV file ({brief(first)})", place=f"'{path}'", cure="correct or remove it"
     ) from first
 
 
@@ -246,8 +246,8 @@ def refuse_other_delimiter(
         )
 
 
-def _brief(error: BaseException) -> str:
-    """Returns the reason of an error, without the text of the row: this may be private."""
+def brief(error: BaseException) -> str:
+    """Returns the reason of an error of pyarrow, without the text of a row, which may be private."""
     message = first_line(error)
     found = re.search(r"(Row #\d+: )?Expected \d+ columns, got \d+", message)
     if found:

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from fedpress.data import batches, streamed
+from fedpress.data import batches, scattered, streamed
 from fedpress.data.load import load
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
@@ -182,8 +182,81 @@ def test_a_wrong_table_is_refused_by_rows_and_column(tmp_path, change, keys, mes
 def test_a_file_that_lacks_a_column_is_named(tmp_path):
     WRITERS["parquet"](table(), tmp_path / "a.parquet")
     WRITERS["parquet"](table().drop_columns("job"), tmp_path / "b.parquet")
-    with pytest.raises(DataError, match=r"b\.parquet': not a readable parquet file \(.*job"):
+    with pytest.raises(DataError, match=r"b\.parquet': not like the other files \(.*job"):
         load(settings("parquet", tmp_path, stream=True), 0)
+
+
+def test_a_line_that_was_cut_short_is_refused_without_its_text(tmp_path):
+    path = tmp_path / "visits.csv"
+    WRITERS["csv"](table(), path)
+    path.write_text(path.read_text() + "51.5,secr")
+    with pytest.raises(DataError) as caught:
+        load(settings("csv", path, stream=True), 0)
+    assert "visits.csv': not a readable csv file" in str(caught.value)
+    assert "xpected 5 columns, got 2); correct it, or copy it again" in str(caught.value)
+    assert "secr" not in str(caught.value)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "visits.csv"
+    WRITERS["csv"](table(), path)
+    encoded = streamed.StreamedColumns.rows_at
+
+    def changing(self, rows):
+        found = encoded(self, rows)
+        path.write_text(path.read_text() + path.read_text().splitlines()[-1])
+        return found
+
+    monkeypatch.setattr(streamed.StreamedColumns, "rows_at", changing)
+    with pytest.raises(DataError, match=r"visits.csv': it has changed while it was read; start"):
+        load(settings("csv", path, stream=True), 0)
+
+
+def test_means_of_public_rows_in_any_order_have_the_same_bits(tmp_path):
+    path = tmp_path / "visits.parquet"
+    WRITERS["parquet"](table(3000, gaps=True), path)
+    asked = settings("parquet", path, missing="mean", validation=0.2)
+    same(
+        load(asked.model_copy(update={"stream": True}), 3),
+        load(asked.model_copy(update={"stream": False}), 3),
+    )
+
+
+def test_a_public_list_has_a_word_that_only_the_last_batch_has(tmp_path):
+    path = tmp_path / "visits.parquet"
+    rows = table()
+    jobs = pa.array([*rows["job"].to_pylist()[:-1], "judge"])
+    clinics = pa.array([*rows["clinic"].to_pylist()[:-1], "north"])
+    rows = rows.set_column(1, "job", jobs).set_column(3, "clinic", clinics)
+    WRITERS["parquet"](rows, path)
+    asked = settings("parquet", path, public_words=["job"])
+    streamed_data = load(asked.model_copy(update={"stream": True}), 0)
+    same(streamed_data, load(asked.model_copy(update={"stream": False}), 0))
+    assert "judge" in streamed_data.preparation.columns[1].words
+
+
+def test_files_may_have_whole_numbers_and_decimals(tmp_path):
+    for at, name in enumerate(["a", "b"]):
+        rows = table(90, seed=at)
+        ages = rows["age"].combine_chunks().cast(pa.int64() if at else pa.float64(), safe=False)
+        WRITERS["parquet"](rows.set_column(0, "age", ages), tmp_path / f"{name}.parquet")
+    asked = settings("parquet", tmp_path / "*.parquet")
+    same(
+        load(asked.model_copy(update={"stream": True}), 0),
+        load(asked.model_copy(update={"stream": False}), 0),
+    )
+
+
+def test_a_disk_that_fills_while_rows_are_converted_is_one_sentence(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scattered.os, "pwrite", full)
+    path = tmp_path / "visits.parquet"
+    WRITERS["parquet"](table(), path)
+    with pytest.raises(DataError, match=r"no room for 0.0 GB .*; make room there, or name another"):
+        load(settings("parquet", path, stream=True), 0)
+    assert os.listdir(tmp_path / "cache") == []
 
 
 def test_a_source_without_batches_says_so(tmp_path):
