@@ -89,7 +89,7 @@ def test_a_sample_keeps_what_decides_and_estimates_the_rest(tmp_path, monkeypatc
         same = ("type", "missing", "words", "dates", "declare", "rows")
         assert [getattr(found, key) for key in same] == [getattr(exact[name], key) for key in same]
         # The estimate does not see values that are rare.
-        assert 0.5 < found.distinct / max(exact[name].distinct, 1) < 1.1 or not found.sampled
+        assert 0.5 < found.distinct / max(exact[name].distinct, 1) < 1.3 or not found.sampled
         assert sum(found.histogram) == pytest.approx(sum(exact[name].histogram), rel=0.01)
     assert facts["stray"].note == "1 of its cells are no numbers, such as 'old' in row 20000"
     assert facts["weight"].numbers[::2] == exact["weight"].numbers[::2]
