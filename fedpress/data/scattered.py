@@ -81,4 +81,4 @@ class ScatteredRows:
 
 
 def _bytes(x: Tensor) -> memoryview:
-    return memoryview(x.numpy().reshape(-1).view(np.uint8))
+    return x.numpy().reshape(-1).view(np.uint8).data

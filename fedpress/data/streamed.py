@@ -194,10 +194,10 @@ class OnDisk(InputRows):
         assert isinstance(self.x, Tensor), "the features of a table are one tensor"
         progress = self.columns.progress
         with _room(total * self.x.shape[1] * 4) as file:
-            rows = ScatteredRows(file, total, self.x.shape[1])
+            scattered = ScatteredRows(file, total, self.x.shape[1])
             for first, x, left_out in self.columns.encoded(self.learned):
                 x = self.learned.filled(x, left_out, self.fill)
-                rows.write_(x, where[first : first + len(x)])
+                scattered.write_(x, where[first : first + len(x)])
                 if progress:
                     progress("converting rows", first + len(x), len(where))
             x = _mapped(file, total, self.x.shape[1])
