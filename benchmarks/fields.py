@@ -94,14 +94,19 @@ def left_others_out(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
 
 def at_home(settings: Mapping[str, Any], data: FederatedData, seed: int) -> Iterator[FederatedData]:
     """Yields the data of each test client alone: it holds its first rows, its last are the test."""
+    halves = load(DataSettings(**{**settings, "test_clients": (), "test_share": 0.5}), seed)
+    assert halves.test_owners is not None, "clients with names are natural"
     for name in settings["test_clients"]:
-        own = {"public_clients": [name], "test_clients": settings["public_clients"]}
-        rows = load(DataSettings(**{**settings, **own, "validation": 0.5}), seed)
-        if rows.class_names != data.class_names:
-            raise SystemExit(f"{name} does not show all classes; list `classes` in [data]")
+        own = halves.test_owners == halves.test_owner_names.index(name)
+        last = Arrays(halves.test.x[own], halves.test.y[own])
         # Means and deviations stay those of the federation.
-        alone = {"clients": {name: rows.public}, "test": rows.validation}
-        yield replace(data, **alone, test_owners=None, test_owner_names=())
+        yield replace(
+            data,
+            clients={name: halves.clients[name]},
+            test=last,
+            test_owners=None,
+            test_owner_names=(),
+        )
 
 
 def personal(stage: Mapping[str, Any], head: str) -> dict[str, Any]:

@@ -23,6 +23,8 @@ NAMES = {
     "federated": "federated",
     "private": "federated, private",
     "small": "... and small, int8",
+    "untuned": "private, later rows",
+    "personal": "own head, later rows",
 }
 """Arm -> its name in the picture."""
 TITLE = '<text class="title" x="8" y="20">{title}</text>'

@@ -84,19 +84,21 @@ def people(folder: Path) -> None:
     """Writes recordings in which each activity shakes at a speed of its own."""
     chance = np.random.default_rng(2)
     labels = ("SEATED", "SITTING_DOWN", "STANDING_UP", "TURNING", "WALKING")
+    names = ("x_acc", "y_acc", "z_acc", "x_gyro", "y_gyro", "z_gyro")
     parts = []
     for number in range(1, 21):
-        for at, label in enumerate(labels):
-            n = 320
+        for execution in range(10):
+            n, at = 320, execution % 5
             wave = np.sin(np.arange(n) * (at + 1) / 8)[:, None] * np.ones(6)
             signal = 5 * wave + chance.normal(size=(n, 6))
-            names = ("x_acc", "y_acc", "z_acc", "x_gyro", "y_gyro", "z_gyro")
             columns = {name: signal[:, i].astype(np.float32) for i, name in enumerate(names)}
-            about = {"subject": f"s{number:02}", "device": "smartphone", "label": label}
+            about = {"subject": f"s{number:02}", "device": "smartphone", "label": labels[at]}
             columns |= {
                 name: pa.array([text] * n).dictionary_encode() for name, text in about.items()
             }
-            parts.append(pa.table({**columns, "execution": np.full(n, at)}))
+            # 20 seconds between two recordings; two samples arrive at once.
+            times = 20_000 * execution + 20 * (np.arange(n) // 2)
+            parts.append(pa.table({**columns, "timestamp": times}))
     parquet.write_table(pa.concat_tables(parts).unify_dictionaries(), folder / "har.parquet")
 
 
@@ -185,7 +187,11 @@ FIELDS = {
 }
 """Example -> what makes its data, settings of the quick form, and the number of clients."""
 NUMBERS = ("accuracy", "auc", "sensitivity", "mae", "skill", "perplexity")
-FILES = {"city/air": "beijing.parquet", "keyboard/roles": "input.txt"}
+FILES = {
+    "city/air": "beijing.parquet",
+    "keyboard/roles": "input.txt",
+    "sensors/activity": "har.parquet",
+}
 """Example -> the file that `--data` names; the others take a folder."""
 
 
