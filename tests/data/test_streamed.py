@@ -247,6 +247,18 @@ def test_files_may_have_whole_numbers_and_decimals(tmp_path):
     )
 
 
+def test_a_file_and_a_batch_may_have_no_value_of_a_column(tmp_path):
+    for at, name in enumerate(["a", "b", "c"]):
+        rows = table(90, seed=at)
+        ages = [rows["age"], pa.nulls(90), pa.array([None] * 60 + [1.5] * 30)][at]
+        WRITERS["parquet"](rows.set_column(0, "age", ages), tmp_path / f"{name}.parquet")
+    asked = settings("parquet", tmp_path / "*.parquet", missing="mean")
+    same(
+        load(asked.model_copy(update={"stream": True}), 0),
+        load(asked.model_copy(update={"stream": False}), 0),
+    )
+
+
 def test_a_disk_that_fills_while_rows_are_converted_is_one_sentence(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
