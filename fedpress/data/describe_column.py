@@ -134,11 +134,12 @@ def _facts(cells: Cells, settings: DataSettings) -> ColumnFacts:
 def _of_words(cells: Cells, values: Any, settings: DataSettings) -> ColumnFacts:
     name, missing = cells.column.name, cells.missing
     asked = settings.type_of(name)
-    is_text = cells.column.text and is_word(values.type)
-    if is_text and (form := likely_form(values)):
+    if cells.column.text and is_word(values.type):
+        form = likely_form(values)
+        # Without a form these are dates of ISO 8601 with an offset from UTC, or with fractions.
         dates = dates_of_text(values, form)
-        if dates.null_count == values.null_count:
-            return _of_dates(cells, dates, f"date {form}")
+        if dates.null_count == values.null_count < len(values):
+            return _of_dates(cells, dates, f"date {form}" if form else "date")
     distinct = cells.distinct(values)
     kind: Type = "integer id" if asked is not None and asked.name == "integer id" else "word"
     if distinct > MOST_WORDS:
@@ -156,7 +157,9 @@ def _of_dates(cells: Cells, values: Any, declare: str) -> ColumnFacts:
         note = "it holds times of day" if missing < cells.rows else ""
         return ColumnFacts(name, "text", missing, 0, note=note)
     whole_days = bool((found == found.astype("datetime64[D]")).all())
-    ends = np.array([found.min(), found.max()]).astype("datetime64[D]" if whole_days else None)
+    ends = np.array([found.min(), found.max()]).astype(
+        "datetime64[D]" if whole_days else "datetime64[s]"
+    )
     seconds = found.astype(np.int64)
     distinct = cells.distinct(pa.array(seconds))
     return ColumnFacts(

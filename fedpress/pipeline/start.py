@@ -143,7 +143,7 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
             logits = call(model.eval(), given)
     # A user's network may raise anything.
     except Exception as error:
-        raise _not_taken(recipe, spec, model, given, error) from error
+        raise _not_taken(recipe, spec, model, given, data, error) from error
     if data.labelled:
         _check_outputs(recipe, spec, logits, examples.y[:2], data)
     # If the user gave a module, that module is the dense reference, even if an earlier call pruned
@@ -256,7 +256,12 @@ def _check_mlp(settings: ModelSettings, shape: Shape, data: data_sets.FederatedD
 
 
 def _not_taken(
-    recipe: Recipe, spec: ModelSpec, model: nn.Module, given: Inputs, error: Exception
+    recipe: Recipe,
+    spec: ModelSpec,
+    model: nn.Module,
+    given: Inputs,
+    data: data_sets.FederatedData,
+    error: Exception,
 ) -> RecipeError:
     """Returns the error for a network that fails on the examples `given`."""
     # Errors call a module in memory by its class: the user has never seen the name `IN_MEMORY`.
@@ -269,6 +274,11 @@ def _not_taken(
         # A more precise error, for example about wrong names of inputs. Its cure is better.
         reason = error.problem
         cure = error.cure
+    elif recipe.model.takes_arguments and isinstance(error, IndexError) and _is_language(data):
+        # The usual reason: its embedding has fewer rows than the vocabulary has tokens.
+        tokens = data.task.outputs
+        argument = Argument("recipe.model.arguments.num_classes", tokens)
+        cure = (f"give it an embedding of {tokens:,} tokens, for instance with ", argument)
     elif recipe.model.takes_arguments:
         cure = (
             "change ",
@@ -283,6 +293,10 @@ def _not_taken(
         place="recipe.model",
         cure=cure,
     )
+
+
+def _is_language(data: data_sets.FederatedData) -> bool:
+    return data.labelled and data.task.kind == "language"
 
 
 def _built(settings: ModelSettings, about: dict[str, Any]) -> tuple[ModelSpec, nn.Module]:

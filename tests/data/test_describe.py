@@ -125,3 +125,21 @@ def test_codes_and_dates_of_other_forms_are_found_and_say_their_types(tmp_path):
     }
     assert describe_file(tmp_path / "t.csv").column("zip").words[0] == ("007", 100)
     assert describe_file(tmp_path / "t.csv").column("time").note == "it holds times of day"
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["2024-05-01T{:02}:00:00+02:00", "2024-05-01T{:02}:00:00.500", "2024-05-01 {:02}:00"],
+)
+def test_times_of_iso_8601_are_dates(tmp_path, written):
+    hours = [hour for hour in range(20) if hour != 7]
+    lines = ["when;riders", *(f"{written.format(hour)};{hour}" for hour in hours)]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    when = describe_file(tmp_path / "t.csv").column("when")
+    assert (when.type, when.declare) == ("date", "date")
+
+
+def test_the_first_and_the_last_time_are_shown_as_times(tmp_path):
+    (tmp_path / "t.csv").write_text("when;riders\n2024-05-01 06:30;1\n2024-05-02 07:00;2\n")
+    when = describe_file(tmp_path / "t.csv").column("when")
+    assert when.dates == ("2024-05-01 06:30:00", "2024-05-02 07:00:00")

@@ -116,6 +116,27 @@ def test_a_module_in_memory_goes_by_the_name_of_its_class():
     assert "memory" not in str(e.value)
 
 
+def test_an_embedding_smaller_than_the_vocabulary_is_told_its_size(tmp_path, monkeypatch):
+    (tmp_path / "open.txt").write_text("a brown fox jumps " * 20)
+    (tmp_path / "tiny.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Module):\n"
+        "    def __init__(self, num_classes=2):\n"
+        "        super().__init__()\n"
+        "        self.embed = nn.Embedding(num_classes, num_classes)\n\n"
+        "    def forward(self, x):\n        return self.embed(x).transpose(1, 2)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = recipes.load(
+        f'name = "t"\n[data]\nsource = "text"\npath = "{tmp_path}/open.txt"\nnum_clients = 2\n'
+        "examples_per_client = 10\n"
+        'text = { length = 5 }\n[model]\narchitecture = "tiny:Net"\n[[stage]]\nkind = "train"\nepochs = 1\n'
+    )
+    data = load_data(recipe)
+    with pytest.raises(RecipeError) as error:
+        first_state(recipe, data)
+    assert f"arguments.num_classes = {data.task.outputs}" in str(error.value)
+
+
 def test_other_names_of_inputs_are_told_with_the_names_that_fit():
     ids = torch.randint(10, (40, 6))
     with pytest.raises(FedpressError) as error:
