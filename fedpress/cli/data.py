@@ -63,7 +63,9 @@ def init(
         str,
         typer.Option(help="A table, arrays, a text, a folder of such files, or module:function."),
     ],
-    label: Annotated[str | None, typer.Option(help="The column to predict.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="The column to predict; several: months,died.")
+    ] = None,
     client: Annotated[
         str | None, typer.Option(help="The column that names the client of a row; '' for none.")
     ] = None,

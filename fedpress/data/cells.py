@@ -10,6 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
 
+GROUPS = r"^[+-]?\d{1,3}(\.\d{3})+(,\d*)?$"
+"""A number with a decimal comma whose thousands are separated by points, such as 1.234,5."""
+
 
 def cast_text(text: Any, kind: Any, decimal: str = ".") -> Any:
     """Converts texts to the pyarrow type `kind`; text of another type becomes null.
@@ -34,8 +37,13 @@ def plain_text(text: Any, kind: Any, decimal: str = ".") -> Any:
     """Returns text as pyarrow reads it: without spaces around, and with a decimal point."""
     text = pc.utf8_trim_whitespace(text)
     if decimal == "," and types.is_floating(kind):
-        # With a decimal comma a point separates thousands: 1.234,5 is 1234.5.
-        text = pc.replace_substring(pc.replace_substring(text, ".", ""), ",", ".")
+        # With a decimal comma a point separates thousands: 1.234,5 is 1234.5. A point elsewhere
+        # makes no number: 02.07.2019 is a date, and 12.50 may be 12,50 or 1250. A letter in its
+        # place keeps such a text from being read as a number.
+        grouped = pc.match_substring_regex(text, GROUPS)
+        whole = pc.replace_substring(text, ".", "")
+        text = pc.if_else(grouped, whole, pc.replace_substring(text, ".", "p"))
+        text = pc.replace_substring(text, ",", ".")
     return text
 
 

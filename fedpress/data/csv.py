@@ -104,6 +104,25 @@ def delimiter_of(path: Path, usual: str = ",", encoding: str | None = None) -> s
     return likely if likely in header else usual
 
 
+def encoding_of(path: Path) -> str | None:
+    """Returns the likely encoding of a file, such as "cp1252"; None if it is read without one.
+
+    Raises:
+        DataError: if the encoding cannot be told, or the file is no text.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None  # reading the table says why
+    if any(data.startswith(start) for start, _, _ in FOREIGN):
+        return None  # likewise
+    try:
+        data.decode(declared_encoding(data))
+    except UnicodeError:
+        return _likely_encoding(path, data, "utf-8")
+    return None
+
+
 def open_csv(path: Path, settings: DataSettings, columns: Sequence[str] | None = None) -> Any:
     """Returns a reader of batches of text columns, a `pyarrow.csv.CSVStreamingReader`.
 
@@ -156,11 +175,7 @@ def declared_encoding(head: bytes) -> str:
 
 
 def _refuse_encoding(path: Path, encoding: str) -> None:
-    """Checks that the file has this encoding.
-
-    Raises:
-        DataError: if the file has another encoding. The error names the likely encoding.
-    """
+    """Raises a DataError that names the likely encoding if the file has another than `encoding`."""
     data = path.read_bytes()
     try:
         data.decode(encoding)
@@ -168,16 +183,27 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
         pass
     else:
         return
+    likely = _likely_encoding(path, data, encoding)
+    name = "UTF-16" if likely.startswith("utf-16") else likely
+    raise DataError(
+        f"not {encoding.upper()}",
+        place=f"'{path}'",
+        cure=f'it looks like {name}: add encoding = "{likely}" to [data], or save it as UTF-8',
+    )
+
+
+def _likely_encoding(path: Path, data: bytes, encoding: str) -> str:
+    """Returns the likely encoding of bytes that are not of `encoding`.
+
+    Raises:
+        DataError: if it cannot be told, or `data` is no text.
+    """
     place, why = f"'{path}'", f"not {encoding.upper()}"
     # In UTF-16 one byte of every Latin character is 0: the first byte in big-endian order, else the
     # second.
     if data.count(0) > len(data) // 4:
         order = "be" if data[::2].count(0) > data[1::2].count(0) else "le"
-        raise DataError(
-            why,
-            place=place,
-            cure=f'it looks like UTF-16: add encoding = "utf-16-{order}" to [data]',
-        )
+        return f"utf-16-{order}"
     if any(byte < 32 and byte not in b"\t\n\v\f\r\x1a\x1b" for byte in data[:HEAD]):
         raise DataError(
             f"{why}, and it is no text",
@@ -195,12 +221,7 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
         )
     # Most other files come from Western Windows programs, in cp1252. cp1252 has characters at 0x80
     # to 0x9f, where Latin-1 has only control codes.
-    likely = "cp1252" if re.search(rb"[\x80-\x9f]", data) else "latin-1"
-    raise DataError(
-        why,
-        place=place,
-        cure=(f'it looks like {likely}: add encoding = "{likely}" to [data], or save it as UTF-8'),
-    )
+    return "cp1252" if re.search(rb"[\x80-\x9f]", data) else "latin-1"
 
 
 def _is_other_script(data: bytes) -> bool:

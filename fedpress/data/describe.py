@@ -31,6 +31,7 @@ DATABASES = (".db", ".sqlite", ".sqlite3")
 """Suffixes of SQLite files."""
 LABELS = ("label", "target", "class", "outcome", "y", "diagnosis", "default", "result")
 """Usual names of the column that is to be predicted."""
+DECIMAL_COMMA = r"^\s*[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+\s*$"
 PEOPLE = ("client", "user", "subject", "person", "patient", "owner", "role", "speaker")
 PLACES = ("hospital", "site", "device", "station", "bank", "branch", "center", "region", "city")
 CLIENTS = PEOPLE + PLACES
@@ -46,6 +47,7 @@ class TableFacts:
         source: its source in a recipe, such as "csv".
         delimiter: character between columns of a CSV file.
         decimal: decimal separator of the numbers in a CSV file.
+        encoding: encoding of a CSV file; None if it needs none, as UTF-8.
         rows: number of rows.
         columns: the columns, in the order of the file.
         labels: names of columns that may be the label, the most likely first.
@@ -59,6 +61,7 @@ class TableFacts:
     source: str
     delimiter: str
     decimal: str
+    encoding: str | None
     rows: int
     columns: tuple[ColumnFacts, ...]
     labels: tuple[str, ...]
@@ -121,6 +124,7 @@ def describe_file(path: str | Path) -> TableFacts:
         settings.source,
         settings.delimiter,
         settings.decimal,
+        settings.encoding,
         rows,
         columns,
         _labels(columns, rows, series),
@@ -135,7 +139,8 @@ def _settings_of(path: Path) -> DataSettings:
     """Returns how a file is read."""
     keys: dict[str, Any] = {"source": TABLES[path.suffix], "path": path}
     if keys["source"] == "csv":
-        keys["delimiter"] = csv.delimiter_of(path)
+        keys["encoding"] = csv.encoding_of(path)
+        keys["delimiter"] = csv.delimiter_of(path, encoding=keys["encoding"])
     return DataSettings.model_validate(keys)
 
 
@@ -164,10 +169,10 @@ def _with_decimals(table: Any, settings: DataSettings) -> DataSettings:
 
 
 def _has_decimal_commas(table: Any) -> bool:
-    """Whether a column of text holds numbers such as 3,5 and no other text."""
+    """Whether a column of text holds numbers such as 3,5 or 1.234,5 and no other text."""
     for name in table.column_names:
         known = table[name].drop_null()
-        if len(known) and pc.all(pc.match_substring_regex(known, r"^\s*[+-]?\d+,\d+\s*$")).as_py():
+        if len(known) and pc.all(pc.match_substring_regex(known, DECIMAL_COMMA)).as_py():
             return True
     return False
 

@@ -5,6 +5,7 @@ Whoever calls it chooses the rows: the owner of a file may look at all of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,12 @@ from fedpress.data.settings import DataSettings
 
 # Number of bars of a histogram.
 BARS = 12
+# Last words, and their endings, of the names of columns that number rows or people.
+ID_WORDS = ("id", "index", "row", "nr", "nbr", "no")
+ID_ENDINGS = ("nr", "nummer")
+# A column of such a name counts people if there is another number at least in every fifth row: then
+# a patient or customer has five rows on average.
+SHARE_OF_IDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -237,15 +244,17 @@ def _median(found: np.ndarray, counts: np.ndarray) -> float:
 
 
 def _is_id(cells: Cells, found: np.ndarray, distinct: int) -> bool:
-    """Whether whole numbers only tell rows apart: every row has another one."""
+    """Whether whole numbers only tell rows, or people with a few rows each, apart."""
     known = cells.rows - cells.missing
-    if distinct < known or len(found) < 2 or not (found == np.round(found)).all():
+    if len(found) < 2 or not (found == np.round(found)).all():
         return False
-    lower = cells.column.name.lower()
-    named = lower in ("id", "index", "row", "nr", "no") or lower.endswith(("_id", " id"))
+    last = (re.findall(r"[^\W_]+", cells.column.name.lower()) or [""])[-1]
+    named = last in ID_WORDS or last.endswith(ID_ENDINGS)
+    if named and distinct >= SHARE_OF_IDS * known:
+        return True
     # Growing numbers that take as much room as there are rows follow each other.
-    grows = bool((np.diff(found) > 0).all())
-    return named or (grows and float(found[-1] - found[0]) == known - 1)
+    grows = distinct >= known and bool((np.diff(found) > 0).all())
+    return grows and float(found[-1] - found[0]) == known - 1
 
 
 def _counts(values: Any, counts: np.ndarray) -> tuple[tuple[str, int], ...]:

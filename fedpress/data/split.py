@@ -98,7 +98,7 @@ def _split_off_test(
         raise DataError(
             f"{settings.test_share:g} of {len(rows)} rows is less than one row for the test set",
             place="test_share",
-            cure="raise it, or name test_clients",
+            cure="raise it, name test_clients, or a client_column with more rows of each client",
         )
     return test, rest
 

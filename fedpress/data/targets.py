@@ -73,7 +73,7 @@ class NumberColumns:
                 raise DataError(
                     "some public rows hold no finite number",
                     place=f"label column '{column.name}'",
-                    cure="name a column of numbers",
+                    cure="name a column of numbers, or write its words as numbers: yes as 1, no as 0",
                 )
         # Raised only if no row is usable: an error must not describe single private rows.
         if not bool(known.any()):

@@ -2,9 +2,11 @@
 
 import tomllib
 
+import pyarrow as pa
 import pytest
 
 from fedpress.data import DataSettings, load
+from fedpress.data.cells import cast_text
 from fedpress.errors import DataError
 
 ROWS = 80
@@ -103,6 +105,13 @@ def test_thousands_are_divided_by_points_where_decimals_have_commas(tmp_path):
     path.write_text("a;y\n" + "1.234,5;0\n2,5;1\n" * 20)
     data = read(path, client_column=None, delimiter=";", decimal=",", num_clients=2)
     assert set(data.public.x.flatten().tolist()) == {1234.5, 2.5}
+
+
+@pytest.mark.parametrize("cell", ["02.07.2019", "12.50", "1.2345", "1.234.5"])
+def test_a_point_that_divides_no_thousands_makes_no_number(cell):
+    texts = pa.chunked_array([[cell, "1.234.567,5", "-1.234", "2,5", "7", None]])
+    read = cast_text(texts, pa.float64(), ",").to_pylist()
+    assert read == [None, 1234567.5, -1234.0, 2.5, 7.0, None]
 
 
 def test_cells_over_several_lines_are_read(tmp_path):

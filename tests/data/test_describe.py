@@ -143,3 +143,21 @@ def test_the_first_and_the_last_time_are_shown_as_times(tmp_path):
     (tmp_path / "t.csv").write_text("when;riders\n2024-05-01 06:30;1\n2024-05-02 07:00;2\n")
     when = describe_file(tmp_path / "t.csv").column("when")
     assert when.dates == ("2024-05-01 06:30:00", "2024-05-02 07:00:00")
+
+
+def test_a_german_export_is_read_as_its_owner_does(tmp_path):
+    lines = ["Kundennr.;Antragsdatum;Betrag €"]
+    for at in range(40):
+        lines.append(f"{100_000 + at * 7 // 4};{at % 28 + 1:02}.07.2019;1.{at:03},50")
+    (tmp_path / "t.csv").write_text("\n".join(lines), "cp1252")
+    facts = describe_file(tmp_path / "t.csv")
+    assert (facts.encoding, facts.delimiter, facts.decimal) == ("cp1252", ";", ",")
+    # A customer has several rows.
+    assert [one.type for one in facts.columns] == ["integer id", "date", "number"]
+    assert facts.column("Antragsdatum").declare == "date %d.%m.%Y"
+    assert facts.column("Betrag €").numbers[0] == 1000.5
+
+
+def test_a_named_count_of_few_values_is_no_id(tmp_path):
+    (tmp_path / "t.csv").write_text("ward_no\n" + "1\n2\n3\n" * 10)
+    assert describe_file(tmp_path / "t.csv").column("ward_no").type == "number"

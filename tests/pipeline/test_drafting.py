@@ -73,6 +73,25 @@ def test_flags_are_taken_and_the_recipe_is_checked(tmp_path, flags, wanted):
     ]
 
 
+def trial(path):
+    rows = [f"{at % 7},{at % 30 + 1},{at % 2}" for at in range(60)]
+    path.write_text("\n".join(["stage,months,died", *rows]) + "\n")
+
+
+def test_a_survival_has_the_time_and_the_event_as_labels(tmp_path):
+    trial(tmp_path / "t.csv")
+    found = draft(str(tmp_path / "t.csv"), label="months, died", task="survival", folder=tmp_path)
+    data = recipes.load(found.text).data
+    assert data.label_column == ("months", "died")
+    assert data.task == "survival"
+
+
+def test_a_survival_without_its_time_is_refused_by_the_flag_that_cures(tmp_path):
+    trial(tmp_path / "t.csv")
+    with pytest.raises(FedpressError, match=r"needs a time and an event, got died.*months,died"):
+        draft(str(tmp_path / "t.csv"), label="died", task="survival", folder=tmp_path)
+
+
 @pytest.mark.recipe
 @pytest.mark.parametrize(
     "how",

@@ -29,7 +29,8 @@ def draft(
         data: a table (.csv, .parquet, .arrow, .db), arrays (.npz), a text (.txt); a folder of
             `client/label/image.png`, `client/label/sound.wav`, `client.txt` or arrays; or
             `module:function`, for which a stub and a test are drafted.
-        label: column of a table to predict; None: the most likely one.
+        label: column of a table to predict, or several with commas between, such as the time and
+            the event of a survival; None: the most likely one.
         client: column that names the client of a row, "" for none; None: the most likely one.
         task: what is learned; None: it follows from the label. Rows at regular times are a
             forecast.

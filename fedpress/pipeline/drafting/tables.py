@@ -10,10 +10,10 @@ from fedpress.data.column_facts import ColumnFacts
 from fedpress.data.column_types import WORDS
 from fedpress.data.describe import MOST_CLASSES, TableFacts
 from fedpress.data.describe_series import SeriesFacts
-from fedpress.errors import Argument, DataError
+from fedpress.errors import Argument, DataError, RecipeError
 from fedpress.pipeline.drafting.base import Draft, name_of, relative
 from fedpress.pipeline.drafting.series import series_lines
-from fedpress.tasks import Forecast
+from fedpress.tasks import Forecast, Survival
 
 # Windows of several columns need smaller steps at first.
 ADAM = 'optimizer = "adam"\nlr = 0.002\n'
@@ -58,42 +58,63 @@ def of_table(
         raise DataError(
             "it has no column that could be predicted",
             place=f"'{path}'",
-            cure=("name one with ", Argument("label", "COLUMN")),
+            cure="name one with --label COLUMN",
         )
-    target = facts.column(label if label is not None else facts.labels[0])
-    owner = client if client is not None else _owner(facts, target)
+    targets = _targets(facts, label if label is not None else facts.labels[0])
+    names = [target.name for target in targets]
+    called = ", ".join(names)
+    owner = client if client is not None else _owner(facts, names)
     if owner:
         facts.column(owner)  # raises an error if there is none of this name
-    task = task or _task_for(target, facts)
+    task = task or _task_for(targets, facts)
+    _refuse_one_label(task, names)
     series = _series(facts, task)
-    used = {target.name, owner} | _placed(series)
+    roles = {*names, owner}
+    used = roles | _placed(series)
     left_out = _left_out(facts, used)
     nobody = "none; all rows are one client's" if series else "none; rows are dealt to 10 clients"
-    chosen = [f"label: {target.name}", f"client: {owner or nobody}", f"task: {task}"]
+    chosen = [f"label: {called}", f"client: {owner or nobody}", f"task: {task}"]
     chosen += _told_of_rows(facts, series) + _told_of_columns(facts, left_out, used)
     gaps = [c.name for c in facts.columns if c.missing and c not in left_out]
     text = TABLE.format(
         name=json.dumps(name_of(path.stem)),
-        description=json.dumps(f"predicts {target.name} from {path.name}"),
+        description=json.dumps(f"predicts {called} from {path.name}"),
         source=json.dumps(facts.source),
         path=json.dumps(relative(path, folder)),
         reading=_reading(facts),
         clients=_client_lines(owner, series is not None),
-        label=json.dumps(target.name),
-        task=_task_lines(task, target),
-        types=_types_line(facts, left_out, {target.name, owner}),
+        label=json.dumps(names if len(names) > 1 else names[0], ensure_ascii=False),
+        task=_task_lines(task, targets[0]),
+        types=_types_line(facts, left_out, roles),
         drop=_drop_line(left_out),
-        missing=_missing_line(target, gaps, series is not None),
+        missing=_missing_line(targets, gaps, series is not None),
         **_training(series, owner),
     )
     return Draft(text, {}, tuple(chosen))
 
 
-def _owner(facts: TableFacts, target: ColumnFacts) -> str:
+def _targets(facts: TableFacts, label: str) -> list[ColumnFacts]:
+    """Returns the label columns: one, or several with commas between their names."""
+    if any(column.name == label for column in facts.columns):
+        return [facts.column(label)]
+    return [facts.column(name.strip()) for name in label.split(",")]
+
+
+def _refuse_one_label(task: str, names: Sequence[str]) -> None:
+    """Raises a RecipeError if a survival has not two labels."""
+    if task == Survival.kind and len(names) != 2:
+        raise RecipeError(
+            f"the task survival needs a time and an event, got {', '.join(names)}",
+            place="label",
+            cure="name both, the time first, such as --label months,died",
+        )
+
+
+def _owner(facts: TableFacts, labels: Sequence[str]) -> str:
     """Returns the column that most likely names the client; "" if there is none."""
     # A column that tells series apart is the client: windows cannot be dealt.
     by = (facts.series.by,) if facts.series is not None and facts.series.by else ()
-    return next((name for name in (*by, *facts.clients) if name != target.name), "")
+    return next((name for name in (*by, *facts.clients) if name not in labels), "")
 
 
 def _series(facts: TableFacts, task: str) -> SeriesFacts | None:
@@ -149,8 +170,12 @@ def _told_of_columns(
     return told
 
 
-def _task_for(target: ColumnFacts, facts: TableFacts) -> str:
-    """Returns the task that a label column suggests; numbers of a series are forecast."""
+def _task_for(targets: Sequence[ColumnFacts], facts: TableFacts) -> str:
+    """Returns the task that the label columns suggest; numbers of a series are forecast."""
+    if len(targets) > 1:
+        flags = all(target.type == "number" and target.distinct == 2 for target in targets)
+        return "multilabel" if flags else "regression"
+    target = targets[0]
     if target.type == "number" and target.distinct > MOST_CLASSES:
         return "regression" if facts.series is None else Forecast.kind
     return "classification"
@@ -170,6 +195,8 @@ def _is_feature(column: ColumnFacts) -> bool:
 
 def _reading(facts: TableFacts) -> str:
     lines = f"\ntable = {json.dumps(facts.table)}" if facts.table else ""
+    if facts.encoding:
+        lines += f"\nencoding = {json.dumps(facts.encoding)}"
     if facts.delimiter != ",":
         lines += f"\ndelimiter = {json.dumps(facts.delimiter)}"
     if facts.decimal != ".":
@@ -228,10 +255,10 @@ def _drop_line(columns: Sequence[ColumnFacts]) -> str:
     return f"drop_columns = {names}  # {why}\n"
 
 
-def _missing_line(target: ColumnFacts, gaps: Sequence[str], series: bool) -> str:
+def _missing_line(targets: Sequence[ColumnFacts], gaps: Sequence[str], series: bool) -> str:
     if series and gaps:
         return 'missing = "mean"  # fills a missing cell; windows without a target are left out\n'
-    if target.missing:
+    if any(target.missing for target in targets):
         return 'missing = "drop"  # leaves out rows without a value\n'
     if gaps:
         return 'missing = "mean"  # fills a missing cell with the public mean\n'
