@@ -203,6 +203,8 @@ def test_a_forecast_brings_the_value_of_now(tmp_path):
 def test_one_client_may_hold_all_windows_since_it_shares_no_row_with_others(tmp_path):
     alone = {"client_column": None, "public_clients": [], "public_share": 0.2}
     series = {"window": 10, "stride": 5, "by": ["who", "device"]}
+    # The first fifth of the time, which is public, shows one class alone.
+    alone["classes"] = ["a", "b"]
     data = loaded(tmp_path, readings(), series, num_clients=1, **alone)
     assert list(data.clients) == ["c0"]
     assert len(data.clients["c0"]) > 0 < len(data.public)
