@@ -45,7 +45,7 @@ ROWS = (
     Row(
         "pipeline.drafting.draft",
         "fedpress init --data FILE",
-        "drafts a recipe for a table, a folder of images or a function",
+        "drafts a recipe for a table, a folder of images, recordings or texts, arrays or a function",
     ),
     Row(
         "data.describe.describe_file",

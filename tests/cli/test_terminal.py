@@ -101,7 +101,7 @@ def test_a_check_shows_facts_without_reading_names_as_markup():
     facts = {
         "bytes_up_per_round": 15_100,
         "epsilon": 7.991,
-        "examples_per_client": [600, 600],
+        "examples_per_client": [600, 720],
         "share": 0.123456,
     }
     terminal.show_check(console, "x [bold]", data, [line | facts])
@@ -111,7 +111,7 @@ def test_a_check_shows_facts_without_reading_names_as_markup():
         in text
     )
     assert "0 cut (prune): 3.35 M parameters, 100 MMAC" in text
-    for part in ("x [bold]", "64→24, [bold]", "15.1 kB", "8.00", "600 to 600", "0.1235"):
+    for part in ("x [bold]", "64→24, [bold]", "15.1 kB", "8.00", "600 to 720", "0.1235"):
         assert part in text
     assert max(len(row) for row in out.getvalue().splitlines()) <= 80
 

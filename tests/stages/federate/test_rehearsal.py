@@ -51,7 +51,8 @@ def without_public(text, **parts):
     loaded = recipes.load(text, ())
     data = load_data(loaded)
     none = Arrays(data.public.x[:0], data.public.y[:0])
-    return loaded, replace(data, public=none, validation=none, test=none, **parts)
+    unowned = replace(data, test_owners=None, test_owner_names=())
+    return loaded, replace(unowned, public=none, validation=none, test=none, **parts)
 
 
 def public_of(data):
