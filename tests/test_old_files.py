@@ -241,8 +241,10 @@ def test_a_finished_run_of_an_old_version_is_finished_still(commands):
     for path in sorted((OLD / "finished" / "stages").rglob("*.*")):
         again = commands.place / path.relative_to(OLD)
         assert again.read_bytes() == path.read_bytes(), path.name
-    # The file is written again by the present version, with the numbers that it had.
+    # The file is written again by the present version, with the numbers that it had. What is drawn
+    # of the data is new.
     again = result(commands.place / "finished") | {"version": "0.1.0"}
+    assert again.pop("data")["rows"] == "public"
     assert again == result(OLD / "finished")
 
 
