@@ -69,6 +69,9 @@ class ScatteredRows:
         content, place = _bytes(x), begin * self.bytes_of_row
         while content:
             read = os.preadv(self.file.fileno(), [content], place)
+            # Otherwise the loop would wait for ever for the rest of a file that somebody cut.
+            if not read:
+                raise OSError("the file of converted rows was cut short")
             content, place = content[read:], place + read
         self._write(x[order], begin)
 

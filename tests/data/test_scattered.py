@@ -32,3 +32,13 @@ def test_a_disk_that_takes_a_part_is_asked_again(tmp_path, monkeypatch):
     with open(tmp_path / "rows", "w+b", buffering=0) as file:
         scattered.ScatteredRows(file, 4, 3).write_(x, torch.arange(4))
     assert np.fromfile(tmp_path / "rows", np.float32).tolist() == x.flatten().tolist()
+
+
+def test_a_file_that_somebody_cuts_is_an_error_and_no_endless_wait(tmp_path, monkeypatch):
+    # What reading returns behind the end of a file.
+    monkeypatch.setattr(scattered.os, "preadv", lambda file, into, at: 0)
+    with open(tmp_path / "rows", "w+b", buffering=0) as file:
+        rows = scattered.ScatteredRows(file, 4, 3)
+        rows.write_(torch.zeros(2, 3), torch.tensor([3, 2]))
+        with pytest.raises(OSError, match="cut short"):
+            rows.write_(torch.zeros(2, 3), torch.tensor([0, 1]))
