@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from itertools import count
 
 import pytest
-import torch
 from scipy import stats
 
 import fedpress
-from fedpress.core import parameters
 from fedpress.core.examples import MISSING
 from fedpress.data.preparation import Preparation
 from fedpress.errors import FedpressError, RecipeError
-from fedpress.federation import Start
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.check import check_recipe
-from fedpress.pipeline.start import first_state, load_data
+from fedpress.pipeline.start import load_data
 from fedpress.privacy.accounting import accountant
 from fedpress.privacy.ledger import Ledger
-from fedpress.stages.federate.binding import bind
-from fedpress.stages.statistics.stage import noise_std
 from tests.harness import finish
 from tests.stages.statistics.hospitals import FIRST, TRAINING, written
+from tests.stages.statistics.noise import noise_of
 
 TRUSTS = [
     (unit, trust) for unit in ("sample", "client") for trust in ("local", "distributed", "central")
@@ -120,29 +115,10 @@ def test_a_run_that_was_killed_charges_the_query_once_and_draws_the_same_noise(
     assert kept[0].read_bytes() == kept[1].read_bytes()
 
 
-def asking(table: str, unit: str, trust: str, seed: int = 0):
-    """Returns the server's side of the query, the exact mean of each sum, and its clients."""
-    text = table + FIRST.replace('"sample"', f'"{unit}", trust = "{trust}"')
-    recipe = recipes.load(text)
-    state = replace(first_state(recipe, load_data(recipe)), seed=seed)
-    first = recipe.stage[0]
-    inner, stage = first.as_round(state, first.query(state))
-    each = [inner.model.phi(one.x).double() for one in inner.data.clients.values()]
-    exact = torch.cat(each).mean(0)
-    if unit == "client":
-        exact = torch.stack([one.mean(0) for one in each]).mean(0)
-    return bind(stage, inner).server, exact
-
-
 @pytest.mark.recipe
 @pytest.mark.parametrize(("unit", "trust"), TRUSTS)
 def test_the_noise_has_the_planned_standard_deviation(table, unit, trust):
-    drawn = []
-    for seed in range(30):
-        server, exact = asking(table, unit, trust, seed)
-        start = Start(parameters.flatten(server.model))
-        params = next(iter(server.rounds(start))).params.double()
-        drawn += ((params - exact) / noise_std(server)).tolist()
+    drawn = noise_of(table + FIRST, unit, trust, seeds=30)
     # At least 330 values; the sums of a row are noised independently.
     assert stats.kstest(drawn, "norm").pvalue > 1e-3
     assert math.sqrt(sum(one**2 for one in drawn) / len(drawn)) == pytest.approx(1, abs=0.15)

@@ -12,23 +12,20 @@ import torch
 from scipy import stats
 
 import fedpress
-from fedpress.core import parameters
 from fedpress.data import Preparation
 from fedpress.data.vocabulary import CHARACTERS
 from fedpress.errors import FedpressError
-from fedpress.federation import Start
 from fedpress.models.column_sums import ColumnSums
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.check import check_recipe
-from fedpress.pipeline.start import first_state, load_data
+from fedpress.pipeline.start import load_data
 from fedpress.privacy.ledger import Ledger
 from fedpress.privacy.per_example.gradients import clipped_gradient_sum
-from fedpress.stages.federate.binding import bind
 from fedpress.stages.federate.rounds import FederatedRounds
-from fedpress.stages.statistics.stage import noise_std
 from fedpress.tasks import ColumnSums as SumsTask
 from fedpress.tasks.base import IGNORED
 from tests.harness import finish
+from tests.stages.statistics.noise import noise_of
 from tests.stages.statistics.texts import ASKING, KEPT, LETTERS, TRAINING, text_of, written
 
 UNKNOWN = "<unknown>"
@@ -124,30 +121,12 @@ def test_the_texts_are_those_of_a_run_that_lists_the_vocabulary(texts, whole, tm
         assert torch.equal(own.y[asked], arrays.y)
 
 
-def asking(texts: str, unit: str, trust: str, seed: int):
-    """Returns the server's side of the query, and the exact mean vote for each token."""
-    recipe = recipes.load(texts + ASKING.replace('"sample"', f'"{unit}", trust = "{trust}"'))
-    state = replace(first_state(recipe, load_data(recipe)), seed=seed)
-    first = recipe.stage[0]
-    inner, stage = first.as_round(state, first.query(state))
-    each = [inner.model.phi(one.x).double() for one in inner.data.clients.values()]
-    exact = torch.cat(each).mean(0)
-    if unit == "client":
-        exact = torch.stack([one.mean(0) for one in each]).mean(0)
-    return bind(stage, inner).server, exact
-
-
 @pytest.mark.recipe
 @pytest.mark.parametrize(
     ("unit", "trust"), [("sample", "local"), ("sample", "distributed"), ("client", "central")]
 )
 def test_the_noise_of_the_counts_has_the_planned_standard_deviation(texts, unit, trust):
-    drawn = []
-    for seed in range(4):
-        server, exact = asking(texts, unit, trust, seed)
-        start = Start(parameters.flatten(server.model))
-        params = next(iter(server.rounds(start))).params.double()
-        drawn += ((params - exact) / noise_std(server)).tolist()
+    drawn = noise_of(texts + ASKING, unit, trust, seeds=4)
     assert len(drawn) >= 4 * len(CHARACTERS)
     assert stats.kstest(drawn, "norm").pvalue > 1e-3
     assert math.sqrt(sum(one**2 for one in drawn) / len(drawn)) == pytest.approx(1, abs=0.15)
