@@ -325,9 +325,8 @@ def _owners_of_test(
         rows: positions of the test rows; None: the source has a test set of its own.
     """
     natural = settings.partition is None or isinstance(settings.partition, Natural)
-    # A row that the source itself counts as a test row may have no client.
-    of_source = rows is None or examples.is_test is not None
-    if examples.owners is None or rows is None or of_source or not natural:
+    # A row that the source itself counts as a test row (`is_test`) may have no client.
+    if not natural or rows is None or examples.owners is None or examples.is_test is not None:
         return None, ()
     known, owners = examples.owners[rows].unique(return_inverse=True)
     return owners, tuple(examples.owner_names[at] for at in known.tolist())

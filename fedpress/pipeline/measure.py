@@ -17,8 +17,8 @@ from fedpress.workspace.state import State
 
 COSTS = (
     "task", "task_metrics", "test_examples", "test_clients", "worst_tenth", "loss", "parameters",
-    "nonzero_parameters", "macs", "file_bytes",
-    "packed_file_bytes", "latency_ms", "runtime", "conditions",
+    "nonzero_parameters", "macs", "file_bytes", "packed_file_bytes", "latency_ms", "runtime",
+    "conditions",
 )  # fmt: skip
 """Keys that `measure` may return for every task, beside the metrics of the task."""
 
@@ -39,8 +39,9 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
         The metrics of the task (None without a test set) and the costs. If the test examples are of
         several natural clients, also the primary metric of each (`auc_by_client`, for up to
         `MOST_PARTS` of them, with their names as `test_clients`) and the mean of the worst tenth of
-        clients, at least one (`worst_tenth`), which shows what a mean over all hides. `file_bytes` is the size of
-        a file with float32 weights; for a quantized model, of a file with packed integers.
+        clients, at least one (`worst_tenth`), which shows what a mean over all hides. `file_bytes`
+        is the size of a file with float32 weights; for a quantized model, of a file with packed
+        integers.
     """
     test, task = state.data.test, state.data.task
     loss, metrics = None, dict[str, Any](dict.fromkeys(task.keys))
