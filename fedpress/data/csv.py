@@ -7,6 +7,7 @@ quote a row, because it may be private.
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,6 +105,10 @@ def delimiter_of(path: Path, usual: str = ",", encoding: str | None = None) -> s
     return likely if likely in header else usual
 
 
+BLOCK = 1 << 24
+"""Bytes of a file that are decoded at once to find its encoding."""
+
+
 def encoding_of(path: Path) -> str | None:
     """Returns the likely encoding of a file, such as "cp1252"; None if it is read without one.
 
@@ -111,15 +116,19 @@ def encoding_of(path: Path) -> str | None:
         DataError: if the encoding cannot be told, or the file is no text.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            head = file.read(BLOCK)
+            if any(head.startswith(start) for start, _, _ in FOREIGN):
+                return None  # reading the table says why
+            # By blocks, since the file may be larger than memory.
+            decoder = codecs.getincrementaldecoder(declared_encoding(head))()
+            for block in itertools.chain([head], iter(lambda: file.read(BLOCK), b"")):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
     except OSError:
-        return None  # reading the table says why
-    if any(data.startswith(start) for start, _, _ in FOREIGN):
         return None  # likewise
-    try:
-        data.decode(declared_encoding(data))
     except UnicodeError:
-        return _likely_encoding(path, data, "utf-8")
+        return _likely_encoding(path, path.read_bytes(), "utf-8")
     return None
 
 

@@ -5,7 +5,7 @@ import tomllib
 import pyarrow as pa
 import pytest
 
-from fedpress.data import DataSettings, load
+from fedpress.data import DataSettings, csv, load
 from fedpress.data.cells import cast_text
 from fedpress.errors import DataError
 
@@ -191,3 +191,12 @@ def test_what_cannot_be_read_is_told_with_a_cure(tmp_path, text, message):
             ),
             0,
         )
+
+
+def test_a_letter_that_lies_across_two_blocks_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(csv, "BLOCK", 5)
+    path = tmp_path / "a.csv"
+    path.write_text("ort,zahl\nKöln,1\nMünchen,2\n", encoding="utf-8")
+    assert csv.encoding_of(path) is None
+    path.write_text("ort,zahl\nKöln,1\nMünchen,2\n", encoding="latin-1")
+    assert csv.encoding_of(path) == "latin-1"
